@@ -1,0 +1,302 @@
+"""Particle filters for sequence models written as NumPyro programs, in one go or one observation at a time."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, random
+from numpyro import handlers
+
+from numpyro_smc.elbo.fivo import check_num_particles
+from numpyro_smc.engines.checkpoint import load_pytree, save_pytree
+from numpyro_smc.engines.chunks import in_chunks
+from numpyro_smc.engines.particles import Move, ParticleState, advance, initialise, run
+from numpyro_smc.filtering.result import FilterResult, History
+from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.resample import Decision, build
+from numpyro_smc.programs.resampling import Scheme
+from numpyro_smc.programs.sequence import Program, Sequence, read_sequence
+
+
+class FilterState(NamedTuple):
+    """A running filter, between two observations; a pytree of arrays.
+
+    - **rng_key** - the run's key. **t** - number of observations taken in.
+    - **particles** - the particles and their log weights (of mean one).
+    - **log_evidence** - log evidence of the observations so far; **increment** - the last one's share.
+    - **ess** - effective sample size after the last observation. **values** - its step's sites, ``[N, ...]``.
+    - **program** - params, args and kwargs the run was started with.
+    """
+
+    rng_key: Array
+    t: Array
+    particles: ParticleState
+    log_evidence: Array
+    increment: Array
+    ess: Array
+    values: dict[str, Array]
+    program: Any
+
+
+class ParticleFilter:
+    r"""Particle filter of an unmodified NumPyro model with one ``scan`` [1, 2].
+
+    Particles move by the model's own transition (the bootstrap filter), or by a guide's scan body, and are weighed by
+    :math:`p(x_t \mid x_{t-1})\,p(y_t \mid x_t) / q(x_t \mid x_{t-1}, y)`; ``twist`` statements of the guide are honoured
+    and taken out of the reported filtering weights. The estimate of the evidence :math:`\hat Z` is unbiased,
+    :math:`\mathbb E \hat Z = p(y \mid \theta)`, for every resampling scheme here and any schedule; its logarithm is biased
+    low. Cost: O(NT) time; O(NT) memory with history, O(N) without.
+
+    Latents before the scan that the steps use directly are global: they must be given in ``params`` (the evidence is then
+    conditional on them) or proposed by the guide.
+
+    :param model: a NumPyro model.
+    :param num_particles: number of particles N.
+    :param guide: proposal; ``None`` for the model's own transition.
+    :param resampler, resample, ess_threshold: see :class:`~numpyro_smc.FIVO`.
+    :param history: whether to keep the particles of all steps (needed for filtered means, smoothing, plots).
+    :param batch_size: move particles in chunks of this size, to bound the memory of a step; must divide ``num_particles``.
+    :raises ValueError: for bad options at once; naming the site for programs that cannot be filtered, when run.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro.contrib.control_flow import scan
+        >>> from numpyro_smc import ParticleFilter
+        >>> def local_level(y=None, T=3):
+        ...     level = numpyro.sample("level_0", dist.Normal(0.0, 1.0))
+        ...     def step(level, y_t):
+        ...         level = numpyro.sample("level", dist.Normal(level, 0.1))
+        ...         numpyro.sample("y", dist.Normal(level, 0.5), obs=y_t)
+        ...         return level, level
+        ...     scan(step, level, y, length=T)
+        >>> result = ParticleFilter(local_level, num_particles=1000).run(random.key(0), jnp.array([0.1, 0.3, 0.2]))
+        >>> result.mean("level").shape
+        (3,)
+        >>> result.sample_posterior(random.key(1), num_samples=100)["level"].shape
+        (100, 3)
+
+    **References**
+
+    1. *Novel approach to nonlinear/non-Gaussian Bayesian state estimation*, N. Gordon, D. Salmond, A. Smith (1993)
+    2. *An Introduction to Sequential Monte Carlo*, N. Chopin, O. Papaspiliopoulos (2020)
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        num_particles: int = 1000,
+        *,
+        guide: Program | None = None,
+        resampler: str | Scheme = "systematic",
+        resample: str | Decision = "ess",
+        ess_threshold: float = 0.5,
+        history: bool = True,
+        batch_size: int | None = None,
+    ) -> None:
+        check_num_particles(num_particles, "ParticleFilter")
+        self.model = model
+        self.num_particles = num_particles
+        self.guide = guide
+        self.resampling = build(resampler, resample, ess_threshold)
+        self.history = history
+        self.batch_size = batch_size
+        in_chunks(None, num_particles, batch_size)
+        self._compiled_run = Compiled(self._run)
+        self._compiled_init = Compiled(self._init)
+        self._compiled_update = Compiled(self._update)
+
+    def __repr__(self) -> str:
+        guide = "" if self.guide is None else f", guide={getattr(self.guide, '__name__', self.guide)}"
+        return f"ParticleFilter({getattr(self.model, '__name__', self.model)}, num_particles={self.num_particles}{guide})"
+
+    # ---- whole series -------------------------------------------------------------------------------------------
+
+    def run(self, rng_key: Array, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any) -> FilterResult:
+        """Filter a whole series.
+
+        :param rng_key: random key.
+        :param args: arguments of the model (and of the guide).
+        :param params: values of ``param`` sites and of global latents.
+        :return: the evidence, weights, particles and ancestors, with methods for smoothing and forecasts.
+        :raises FloatingPointError: if all weights are zero or not a number at some step, naming the step and the sites.
+        """
+        params = params or {}
+        log_evidence, history = self._compiled_run(rng_key, params, args, kwargs)
+        result = FilterResult(self, rng_key, (params, args, kwargs), log_evidence, history)
+        result.check_finite()
+        return result
+
+    def log_evidence(self, rng_key: Array, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any) -> Array:
+        """The log evidence alone, ``[*batch]``: pure and differentiable, for use under ``jit``, ``grad`` and ``vmap``."""
+        return self._run(rng_key, params or {}, args, kwargs, history=False)[0]
+
+    def read(self, rng_key: Array, params: dict[str, Any], args: Any, kwargs: Any, model: Program | None = None) -> Sequence:
+        """The program as the particle recursion sees it."""
+        return read_sequence(rng_key, model or self.model, self.guide, params, args, kwargs, user="ParticleFilter")
+
+    def _run(self, rng_key: Array, params: Any, args: Any, kwargs: Any, history: bool | None = None) -> tuple[Array, History]:
+        history = self.history if history is None else history
+        read_key, run_key = random.split(rng_key)
+        sequence = self.read(read_key, params, args, kwargs)
+
+        def keep(state: ParticleState, move: Move) -> Any:
+            return {"cloud": state.cloud, "values": move.values, "log_weights": state.log_weights - move.log_twist}
+
+        model = in_chunks(sequence, self.num_particles, self.batch_size)
+        recursion = run(run_key, model, self.num_particles, self.resampling, keep=keep if history else None)
+        log_evidence = recursion.log_evidence
+        return log_evidence, History(
+            increments=recursion.steps.increment,
+            initial_increment=recursion.initial.increment,
+            ess=recursion.steps.ess,
+            resampled=recursion.steps.resampled,
+            ancestors=recursion.steps.ancestors if history else None,
+            initial=recursion.kept,
+            steps=recursion.steps.history,
+            log_weights=recursion.state.log_weights,
+            cloud=recursion.state.cloud,
+            global_values=sequence.global_values,
+            bound=sequence.bound(log_evidence),
+        )
+
+    # ---- one observation at a time ------------------------------------------------------------------------------
+
+    def init(self, rng_key: Array, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any) -> FilterState:
+        """Draw the initial particles of a stream.
+
+        :param args: arguments of the model, with any series of length one or more; only what stands before the scan is
+            run with them.
+        :return: the running state; advance it with :meth:`update`.
+        """
+        program = (params or {}, args, kwargs)
+        if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
+            rng_key = random.wrap_key_data(rng_key)
+        return self._compiled_init(rng_key, *program)._replace(program=program)
+
+    def update(self, state: FilterState, x: Any = None, *, guide_x: Any = None, data: dict[str, Any] | None = None) -> FilterState:
+        """Take in one observation. Memory does not grow with the number of observations.
+
+        With the same key, a stream's particles and evidence equal those of :meth:`run` on the whole series.
+
+        :param x: what the scan's body receives at this step, one slice of its ``xs`` (for many models the observation).
+        :param guide_x: the same for the guide's body; ``x`` if not given.
+        :param data: observations by site name, for models that are conditioned from outside.
+        :return: the new state.
+        """
+        arrays = state._replace(program=None)
+        new = self._compiled_update(arrays, state.program, x, x if guide_x is None else guide_x, data or {})
+        return new._replace(program=state.program)
+
+    def save(self, path: Any, state: FilterState) -> None:
+        """Write a running state to a file (``.npz``); :meth:`load` reads it back."""
+        save_pytree(path, state._replace(program=None))
+
+    def load(self, path: Any, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any) -> FilterState:
+        """Read a running state, given the arguments that :meth:`init` was given."""
+        fresh = self.init(random.key(0), *args, params=params, **kwargs)
+        return load_pytree(path, fresh._replace(program=None))._replace(program=fresh.program)
+
+    def _init(self, rng_key: Array, params: Any, args: Any, kwargs: Any) -> FilterState:
+        read_key, run_key = random.split(rng_key)
+        sequence = self._stream(read_key, params, args, kwargs, {})
+        init_key, _ = random.split(run_key)
+        state, info, _ = initialise(init_key, sequence, self.num_particles)
+        values = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype),
+            jax.eval_shape(lambda: advance(run_key, sequence, None, state, jnp.asarray(0), self._first(sequence))[2].values),
+        )
+        zero = jnp.asarray(0)
+        return FilterState(rng_key, zero, state, info.increment, info.increment, info.ess, values, None)
+
+    def _update(self, state: FilterState, program: Any, x: Any, guide_x: Any, data: dict[str, Any]) -> FilterState:
+        read_key, run_key = random.split(state.rng_key)
+        sequence = self._stream(read_key, *program, data)
+        inputs = {"model": x, "guide": None if sequence.guide is None else guide_x, "look ahead": None}
+        expected = self._first(sequence)
+        if jax.tree.structure(inputs) != jax.tree.structure(expected):
+            raise ValueError(
+                f"ParticleFilter.update: the scan's body receives {jax.tree.map(jnp.shape, expected['model'])} at each step but was given "
+                f"{jax.tree.map(jnp.shape, x)}. Pass one slice of the model's xs."
+            )
+        _, step_key = random.split(run_key)
+        particles, info, move = advance(step_key, sequence, self.resampling, state.particles, state.t, inputs)
+        return FilterState(
+            state.rng_key,
+            state.t + 1,
+            particles,
+            state.log_evidence + info.increment,
+            info.increment,
+            info.ess,
+            move.values,
+            None,
+        )
+
+    def _stream(self, rng_key: Array, params: Any, args: Any, kwargs: Any, data: dict[str, Any]) -> Sequence:
+        model = handlers.condition(self.model, data=data) if data else self.model
+        sequence = self.read(rng_key, params, args, kwargs, model)
+        if sequence.after is not None:
+            raise NotImplementedError(
+                "ParticleFilter.update: the likelihood stands after the scan, where single observations cannot be given. Move it "
+                "into the step to stream."
+            )
+        sequence.twisted = False
+        return sequence
+
+    @staticmethod
+    def _first(sequence: Sequence) -> Any:
+        return jax.tree.map(lambda x: x[0], sequence.inputs())
+
+
+def log_evidence(
+    rng_key: Array,
+    model: Program,
+    params: dict[str, Any],
+    *args: Any,
+    num_particles: int = 1000,
+    guide: Program | None = None,
+    batch_size: int | None = None,
+    resampler: str | Scheme = "multinomial",
+    resample: str | Decision = "ess",
+    ess_threshold: float = 0.5,
+    **kwargs: Any,
+) -> Array:
+    r"""Log evidence of a sequence model at given parameters, by a particle filter without history.
+
+    :math:`e^{\text{value}}` is an unbiased estimate of :math:`p(y \mid \theta)`.
+
+    :param params: values of ``param`` sites and of global latents.
+    :param args: arguments of the model.
+    :param batch_size: move particles in chunks of this size, so that a step's memory stays bounded; must divide
+        ``num_particles``.
+    :return: scalar, or ``[*batch]`` under plates that enclose the program. Memory O(N), independent of T.
+    :raises FloatingPointError: if all weights vanish or are not a number.
+    """
+    particle_filter = _evidence_filter(model, num_particles, guide, resampler, resample, ess_threshold, batch_size)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((rng_key, params, args, kwargs))):
+        return particle_filter.log_evidence(rng_key, *args, params=params, **kwargs)
+    return np.asarray(particle_filter.run(rng_key, *args, params=params, **kwargs).log_evidence)[()]
+
+
+@lru_cache(maxsize=32)
+def _evidence_filter(
+    model: Program, num_particles: int, guide: Program | None, resampler: Any, resample: Any, ess_threshold: float, batch_size: int | None
+) -> ParticleFilter:
+    # Kept, so that a second call finds its compiled program.
+    return ParticleFilter(
+        model,
+        num_particles,
+        guide=guide,
+        resampler=resampler,
+        resample=resample,
+        ess_threshold=ess_threshold,
+        history=False,
+        batch_size=batch_size,
+    )

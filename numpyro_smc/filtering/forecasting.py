@@ -1,0 +1,76 @@
+"""Running the model on beyond the data, from the final particles."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax, random
+from numpyro import handlers
+from numpyro.ops.provenance import eval_provenance
+
+from numpyro_smc.filtering.smoothing.genealogy import draw_final, take
+from numpyro_smc.programs.sequence import Cloud, Sequence, read_sequence
+
+
+def forecast(
+    particle_filter: Any, rng_key: Array, filter_key: Array, program: Any, history: Any, steps: int, num_samples: int, xs: Any
+) -> dict[str, Array]:
+    """Simulate ``steps`` further steps from particles drawn by their final weights, observations included."""
+    params, args, kwargs = program
+    held = params | history.global_values
+    model = handlers.uncondition(particle_filter.model)
+    sequence = read_sequence(filter_key, model, None, held, args, kwargs, user="forecast", given_globals=False)
+    final_key, step_key = random.split(rng_key)
+    chosen = draw_final(final_key, history.log_weights, num_samples)
+    rank = chosen.ndim - 1
+    own = {"model": history.cloud.particles["model"]}
+    cloud = Cloud(
+        jax.tree.map(lambda leaf: take(leaf, chosen, rank), own), {"model": history.cloud.shared["model"]}
+    )
+    later = _later_inputs(sequence, steps, xs)
+
+    def step(cloud: Cloud, timed: tuple[Array, Any]) -> tuple[Cloud, dict[str, Array]]:
+        t, x = timed
+        inputs = {"model": x, "guide": None, "look ahead": None}
+        cloud, move = sequence.step(random.fold_in(step_key, t), t, inputs, cloud, num_samples)
+        return cloud, move.values
+
+    _, values = lax.scan(step, cloud, (sequence.length + jnp.arange(steps), later))
+    return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), values)
+
+
+def _later_inputs(sequence: Sequence, steps: int, xs: Any) -> Any:
+    """Inputs of the steps beyond the data: given, continued (counters), or unneeded (only observed)."""
+    own = sequence.model.scan.inputs()
+    if xs is not None:
+        if jax.tree.structure(xs) != jax.tree.structure(own):
+            raise ValueError(f"forecast: xs must have the structure of the scan's xs, {jax.tree.structure(own)}.")
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[:steps], xs)
+    leaves, treedef = jax.tree.flatten(own)
+
+    def used(**inputs: Array) -> Any:
+        x = jax.tree.unflatten(treedef, [inputs[f"x{i}"] for i in range(len(leaves))])
+        return sequence.abstract_step(x)
+
+    needs = eval_provenance(used, **{f"x{i}": leaf[0] for i, leaf in enumerate(leaves)}) if leaves else frozenset()
+    needed = frozenset().union(*jax.tree.leaves(needs, is_leaf=lambda leaf: isinstance(leaf, frozenset)))
+    later = []
+    for i, leaf in enumerate(leaves):
+        is_counter = jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.ndim == 1
+        if f"x{i}" in needed and not is_counter:
+            raise ValueError(
+                f"forecast: the scan's body uses an input of shape {leaf.shape} for more than observing it (a covariate). Give its future "
+                f"values in xs, with {steps} steps on the leading axis."
+            )
+        ahead = leaf[-1] + 1 + jnp.arange(steps, dtype=leaf.dtype) if is_counter else jnp.repeat(leaf[-1:], steps, axis=0)
+        later.append(ahead)
+    return jax.tree.unflatten(treedef, later)
+
+
+def not_finite(particle_filter: Any, rng_key: Array, program: Any, t: int) -> list[str]:
+    """Names of the observed sites that hold non-finite, unmasked values at step ``t``."""
+    params, args, kwargs = program
+    sequence = particle_filter.read(random.split(rng_key)[0], params, args, kwargs)
+    sites = sequence.observed_values(t)
+    return [name for name, value in sites.items() if not np.isfinite(np.asarray(value, float)).all()]

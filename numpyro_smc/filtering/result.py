@@ -1,0 +1,239 @@
+"""What a particle filter returns: evidence, weighted particles, and the questions one asks of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, random
+
+from numpyro_smc.filtering import forecasting
+from numpyro_smc.filtering.smoothing import backward, genealogy
+from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.reports.arviz_export import inference_data
+from numpyro_smc.reports.plots import plot_filter
+
+if TYPE_CHECKING:
+    from numpyro_smc.filtering.filter import ParticleFilter
+
+
+class History(NamedTuple):
+    """Arrays of one run: a pytree. Leading axis time, then particles; ``None`` where no history was kept.
+
+    - **increments** ``[T, *batch]``, **initial_increment** ``[*batch]``: their sum is the log evidence.
+    - **ess**, **resampled** ``[T, *batch]``; **ancestors** ``[T, N, *batch]``.
+    - **initial** and **steps**: particles (``cloud``), site values (``values``) and filtering log weights (``log_weights``).
+    - **log_weights** ``[N, *batch]`` and **cloud**: the final particles.
+    - **global_values**: the global latents of this run. **bound**: the objective, scales included.
+    """
+
+    increments: Array
+    initial_increment: Array
+    ess: Array
+    resampled: Array
+    ancestors: Array | None
+    initial: Any
+    steps: Any
+    log_weights: Array
+    cloud: Any
+    global_values: dict[str, Array]
+    bound: Array
+
+
+class FilterResult:
+    """The outcome of :meth:`ParticleFilter.run`. Batch axes are those of the plates that enclose the whole program.
+
+    - **log_evidence** - ``[*batch]``; **log_evidence_increments** - ``[T, *batch]``, one per step.
+    - **ess** - effective sample size after weighing each step, ``[T, *batch]``. **resampled** - ``[T, *batch]``.
+    - **ancestors** - index of each particle's parent at the step before, ``[T, N, *batch]``.
+    - **particles** - values of each site, ``[T, N, ...]``, and of the sites before the scan, ``[N, ...]``.
+    - **log_weights** - filtering log weights of mean one, ``[T, N, *batch]``.
+    """
+
+    def __init__(self, particle_filter: ParticleFilter, rng_key: Array, program: Any, log_evidence: Array, history: History) -> None:
+        self.filter = particle_filter
+        self.rng_key = rng_key
+        self.program = program
+        self.log_evidence = log_evidence
+        self.history = history
+
+    @property
+    def log_evidence_increments(self) -> Array:
+        return self.history.increments
+
+    @property
+    def ess(self) -> Array:
+        return self.history.ess
+
+    @property
+    def resampled(self) -> Array:
+        return self.history.resampled
+
+    @property
+    def ancestors(self) -> Array:
+        self._need_history("ancestors")
+        assert self.history.ancestors is not None
+        return self.history.ancestors
+
+    @property
+    def log_weights(self) -> Array:
+        self._need_history("log_weights")
+        return self.history.steps["log_weights"]
+
+    @property
+    def particles(self) -> dict[str, Array]:
+        self._need_history("particles")
+        return self.history.initial["values"] | self.history.steps["values"]
+
+    @property
+    def num_steps(self) -> int:
+        return self.history.increments.shape[0]
+
+    def __repr__(self) -> str:
+        evidence = np.asarray(self.log_evidence)
+        shown = f"{evidence:.4f}" if evidence.ndim == 0 else f"{evidence.sum():.4f} over a batch of shape {evidence.shape}"
+        ess = np.asarray(self.ess)
+        sites = sorted(self.history.steps["values"]) if self.history.steps is not None else "not kept (history=False)"
+        return (
+            f"FilterResult: log evidence {shown}\n"
+            f"  {self.num_steps} steps, {self.filter.num_particles} particles, resampled at {np.asarray(self.resampled).mean():.0%} of steps\n"
+            f"  effective sample size: median {np.median(ess):.0f}, lowest {ess.min():.0f} at step {int(ess.reshape(len(ess), -1).min(1).argmin())}\n"
+            f"  sites: {sites}"
+        )
+
+    # ---- filtering ----------------------------------------------------------------------------------------------
+
+    def mean(self, site: str) -> Array:
+        """Filtering mean of a site at each step, ``[T, ...]`` (``[...]`` for a site before the scan)."""
+        values, weights = self._weighted(site)
+        return jnp.sum(jnp.where(weights > 0, values * weights, 0.0), axis=-1 - self._trailing(values))
+
+    def quantile(self, site: str, q: Any) -> Array:
+        """Filtering quantiles of a site at each step: ``[*shape(q), T, ...]``, by inversion of the weighted distribution."""
+        values, weights = self._weighted(site)
+        axis = values.ndim - 1 - self._trailing(values)
+        weights = jnp.broadcast_to(weights, values.shape)
+        order = jnp.argsort(values, axis=axis)
+        values, weights = jnp.take_along_axis(values, order, axis), jnp.take_along_axis(weights, order, axis)
+        cumulative = jnp.cumsum(weights, axis=axis)
+
+        def one(level: Array) -> Array:
+            below = jnp.sum(cumulative < level * jnp.take(cumulative, jnp.array([-1]), axis=axis), axis=axis, keepdims=True)
+            index = jnp.minimum(below, values.shape[axis] - 1)
+            return jnp.squeeze(jnp.take_along_axis(values, index, axis), axis)
+
+        levels = jnp.asarray(q)
+        return jax.vmap(one)(levels.reshape(-1)).reshape(levels.shape + one(jnp.asarray(0.5)).shape)
+
+    # ---- smoothing, forecasts -----------------------------------------------------------------------------------
+
+    def sample_posterior(
+        self, rng_key: Array, num_samples: int = 1000, method: str = "genealogy", *, num_mcmc_steps: int = 2, batch_size: int = 100
+    ) -> dict[str, Array]:
+        r"""Draws of whole paths from :math:`p(x_{0:T-1} \mid y_{0:T-1})`.
+
+        - ``"genealogy"``: trace the ancestors of the final particles; O(T) a draw, few distinct ancestors early on.
+        - ``"backward"``: backward simulation with the model's own transition density [1]; O(NT) a draw, no such loss.
+        - ``"backward_mcmc"``: the same with ``num_mcmc_steps`` independence-Metropolis moves instead of all N densities [2];
+          O(T) a draw.
+
+        :param num_samples: number of paths. **batch_size** - paths simulated at a time by ``"backward"``.
+        :return: by site, ``[num_samples, T, ...]`` (``[num_samples, ...]`` for sites before the scan).
+        :raises ValueError: for backward methods if the carry is not determined by the step's own latents.
+
+        **References**
+
+        1. *Monte Carlo Smoothing for Nonlinear Time Series*, S. Godsill, A. Doucet, M. West (2004)
+        2. *On backward smoothing algorithms*, H.-D. Dau, N. Chopin (2023)
+        """
+        self._need_history("sample_posterior")
+        if num_samples < 1:
+            raise ValueError(f"sample_posterior: num_samples must be positive, got {num_samples}.")
+        if method == "genealogy":
+            return self._compiled("genealogy", genealogy.sample_paths)(rng_key, self.history, num_samples)
+        if method in ("backward", "backward_mcmc"):
+            moves = 0 if method == "backward" else num_mcmc_steps
+            sample = self._compiled("backward", lambda *args: backward.sample_paths(self.filter, *args))
+            return sample(rng_key, self.rng_key, self.program, self.history, num_samples, moves, batch_size)
+        raise ValueError(f"Unknown method={method!r}. Use 'genealogy', 'backward' or 'backward_mcmc'.")
+
+    def forecast(self, rng_key: Array, steps: int, num_samples: int = 1000, *, xs: Any = None) -> dict[str, Array]:
+        """Draws of latents and observations beyond the end of the series.
+
+        :param steps: number of further steps.
+        :param xs: the body's inputs for those steps (``[steps, ...]``), where the model needs them: covariates. Integer time
+            counters are continued, and inputs that are only observed are not needed.
+        :return: by site, ``[num_samples, steps, ...]``.
+        :raises ValueError: if the body needs inputs that are not given.
+        """
+        if steps < 1 or num_samples < 1:
+            raise ValueError(f"forecast: steps and num_samples must be positive, got {steps} and {num_samples}.")
+        run = self._compiled("forecast", lambda *args: forecasting.forecast(self.filter, *args))
+        return run(rng_key, self.rng_key, self.program, self.history, steps, num_samples, xs)
+
+    # ---- reports ------------------------------------------------------------------------------------------------
+
+    def to_arviz(self, rng_key: Array | None = None, num_samples: int = 1000, method: str = "genealogy") -> Any:
+        """Paths drawn from the posterior with the filter's statistics, as ArviZ data.
+
+        Groups: ``posterior`` (one chain of ``num_samples`` paths) and ``sample_stats`` (``ess``, ``log_evidence_increment`` per step);
+        the log evidence is an attribute.
+        """
+        draws = self.sample_posterior(random.key(0) if rng_key is None else rng_key, num_samples, method)
+        stats = {"ess": self.ess, "log_evidence_increment": self.log_evidence_increments}
+        total = float(np.sum(np.asarray(self.log_evidence)))
+        attributes = {"log_evidence": total, "num_particles": self.filter.num_particles}
+        return inference_data(draws, stats, attributes)
+
+    def plot(self, site: str | None = None, data: Any = None, *, probability: float = 0.9, ax: Any = None) -> Any:
+        """Filtered median and central band of a site over time, with the data as points. Returns the matplotlib axes."""
+        self._need_history("plot")
+        site = next(iter(self.history.steps["values"])) if site is None else site
+        tail = (1.0 - probability) / 2.0
+        bands = np.asarray(self.quantile(site, jnp.array([tail, 0.5, 1.0 - tail])))
+        return plot_filter(bands, data, site, probability, ax)
+
+    # ---- checks -------------------------------------------------------------------------------------------------
+
+    def check_finite(self) -> None:
+        """:raises FloatingPointError: naming the first step whose weights all vanish or are not a number."""
+        steps = np.concatenate([np.asarray(self.history.initial_increment)[None], np.asarray(self.history.increments)])
+        broken = ~np.isfinite(steps).reshape(len(steps), -1).all(axis=1)
+        if not broken.any():
+            return
+        first = int(broken.argmax()) - 1
+        where = "before the first step" if first < 0 else f"at step {first}"
+        if np.isneginf(steps[first + 1]).any() and not np.isnan(steps[first + 1]).any():
+            raise FloatingPointError(
+                f"ParticleFilter: all particles have weight zero {where}: no particle explains the observation. Use more particles, a guide, or "
+                f"check the observation and its support."
+            )
+        sites = ", ".join(f"'{name}'" for name in forecasting.not_finite(self.filter, self.rng_key, self.program, max(first, 0)))
+        raise FloatingPointError(
+            f"ParticleFilter: the weights are not finite numbers {where}"
+            + (f"; non-finite data at site {sites}" if sites else "")
+            + ". Mask missing values with handlers.mask, or clean the data and parameters."
+        )
+
+    def _need_history(self, what: str) -> None:
+        if self.history.steps is None:
+            raise ValueError(f"FilterResult.{what} needs the particles of all steps: run ParticleFilter(..., history=True).")
+
+    def _weighted(self, site: str) -> tuple[Array, Array]:
+        if site not in self.particles:
+            raise KeyError(f"No site '{site}' in this filter. Known: {', '.join(sorted(self.particles))}.")
+        initial = site in self.history.initial["values"] and site not in self.history.steps["values"]
+        part = self.history.initial if initial else self.history.steps
+        values, log_weights = part["values"][site], part["log_weights"]
+        weights = jnp.exp(log_weights) / log_weights.shape[0 if initial else 1]
+        self._axis = 0 if initial else 1
+        return values, weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
+
+    def _trailing(self, values: Array) -> int:
+        return values.ndim - 1 - self._axis
+
+    def _compiled(self, name: str, fn: Any) -> Any:
+        cache = self.filter.__dict__.setdefault("_compiled_queries", {})
+        return cache.setdefault(name, Compiled(fn))

@@ -1,0 +1,216 @@
+"""Likelihoods stated after the scan, split over time: the t-th factor is part of the weight of step t."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax, random
+from numpyro import handlers
+from numpyro.ops.provenance import eval_provenance
+from numpyro.ops.pytree import PytreeTrace
+from numpyro.primitives import Messenger
+
+from numpyro_smc.programs.draws import CloudDraws
+from numpyro_smc.programs.halves import Half
+from numpyro_smc.programs.scans import Fixed, Scan, Trace, run_step
+from numpyro_smc.programs.sites import BatchPlates, is_latent, log_density
+
+
+class AfterScan:
+    """The observed sites after a scan. Sites of the scan's outputs are split over time; sites of its last carry alone
+    are weighed at the last step."""
+
+    def __init__(self, program: Callable[..., Any], args: Any, length: int, split: list[str], last: list[str]) -> None:
+        self.program, self.args, self.length, self.split, self.last = program, args, length, split, last
+
+    def log_density(self, t: Array, output: Any, carry: Any, fixed: dict[str, Array], plates: BatchPlates) -> Array:
+        """Log density of the t-th factor for one particle, of the shape of the enclosing plates."""
+        total = jnp.zeros(plates.shape)
+        if self.split:
+            sliced = jax.tree.map(lambda x: x[t][None] if _is_series(x, self.length) else x, self.args)
+            outputs = jax.tree.map(lambda x: jnp.asarray(x)[None], output)
+            after = _run_after(self.program, sliced, outputs, carry, self.length, fixed, t, set(plates.names))
+            total = total + sum(log_density(after[name], plates) for name in self.split)
+        if self.last:
+            outputs = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.length, *jnp.shape(x))), output)
+            after = _run_after(self.program, self.args, outputs, carry, self.length, fixed, None, set(plates.names))
+            factor = sum(log_density(after[name], plates) for name in self.last)
+            total = total + jnp.where(t == self.length - 1, factor, 0.0)
+        return total
+
+
+def read_after_scan(program: Callable[[], Any], half: Half, args: Any, kwargs: Any, *, is_guide: bool, user: str) -> AfterScan | None:
+    """Look at what a program does after its scan.
+
+    :raises ValueError: for a second scan, latent sites after the scan, or a likelihood that does not split over time.
+    """
+    who = "guide" if is_guide else "model"
+    output, last_carry = _output_shapes(half)
+
+    def rest(outputs: Any, carry: Any, **latents: Array) -> dict[str, Array]:
+        after = _run_after(program, None, outputs, carry, half.scan.length, latents, None, set())
+        for name, site in after.items():
+            if is_latent(site):
+                names.append(name)
+            elif site["type"] == "sample":
+                observed.append(name)
+        return {name: after[name]["fn"].log_prob(after[name]["value"]) for name in observed}
+
+    names: list[str] = []
+    observed: list[str] = []
+    initial = {name: half.prefix[name]["value"] for name in half.particle_latents}
+    uses = eval_provenance(rest, outputs=output, carry=last_carry, **initial)
+    if names:
+        raise ValueError(
+            f"{user}: the {who} samples site '{names[0]}' after its scan. Latents after the scan cannot be filtered: sample '{names[0]}' "
+            f"before the scan (a parameter) or inside the step (a state)."
+        )
+    if not observed or is_guide:
+        return None
+    split, last = [], []
+    for name in observed:
+        deps = frozenset().union(*jax.tree.leaves(uses[name], is_leaf=lambda x: isinstance(x, frozenset)))
+        if deps == {"carry"}:
+            last.append(name)
+        elif deps == {"outputs"}:
+            split.append(name)
+        else:
+            raise ValueError(
+                f"{user}: site '{name}' after the scan depends on {' and '.join(sorted(deps)) or 'nothing'}; it may depend on the scan's stacked "
+                f"outputs or on its last carry. Move the statement into the step (if it uses the states) or before the scan."
+            )
+    after = AfterScan(_with_arguments(program), (args, kwargs), half.scan.length, split, last)
+    if split:
+        _check_split(after, half, user)
+    return after
+
+
+class _PassScan(Messenger):
+    """Let the program run past its scan with given outputs, and note which sites come after it."""
+
+    def __init__(self, outputs: Any, carry: Any) -> None:
+        super().__init__(None)
+        self.result = (outputs, carry)
+        self.passed = False
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "control_flow":
+            if self.passed:
+                raise ValueError("The program has two scans. Merge them into one: one step function, one carry.")
+            self.passed = True
+            outputs, carry = self.result
+            msg["value"] = ((jnp.asarray(0), None, carry), (PytreeTrace({}), outputs))
+        elif self.passed:
+            msg["after scan"] = True
+
+
+class _SliceTime(Messenger):
+    """After the scan, cut plates over time and observed values down to one step."""
+
+    def __init__(self, t: Array, length: int, keep: set[str], passed: _PassScan) -> None:
+        super().__init__(None)
+        self.t, self.length, self.keep, self.passed = t, length, keep, passed
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if not self.passed.passed:
+            return
+        if msg["type"] == "plate" and msg["args"][0] == self.length and msg["name"] not in self.keep:
+            msg["value"] = jnp.reshape(self.t, (1,))
+        elif msg["type"] == "sample" and msg["is_observed"]:
+            sliced = [f for f in msg["cond_indep_stack"] if f.size == 1 and f.name not in self.keep]
+            if msg["scale"] is not None and sliced:
+                msg["scale"] = msg["scale"] / self.length ** len(sliced)
+            value, shape = msg["value"], msg["fn"].shape()
+            if _is_series(value, self.length) and shape[:1] == (1,) and self.length != 1:
+                msg["value"] = value[self.t][None]
+
+
+def _is_series(x: Any, length: int) -> bool:
+    return hasattr(x, "shape") and x.ndim > 0 and x.shape[0] == length
+
+
+def _with_arguments(program: Callable[[], Any]) -> Callable[..., Any]:
+    """The program with its arguments left open: a function of ``(args, kwargs)``."""
+    assert isinstance(program, handlers.substitute) and isinstance(program.fn, partial)
+    inner, params = program.fn.func, program.data
+    return lambda args, kwargs: handlers.substitute(inner, data=params)(*args, **kwargs)
+
+
+def _run_after(
+    program: Callable[..., Any], arguments: Any, outputs: Any, carry: Any, length: int, fixed: Any, t: Array | None, keep: set[str]
+) -> Trace:
+    passing = _PassScan(outputs, carry)
+    rng_key = random.key(0)
+    around = [CloudDraws(rng_key, jnp.asarray(0)), Fixed(fixed)]
+    slicing = Messenger() if t is None else _SliceTime(t, length, keep, passing)
+    with handlers.block(), handlers.trace() as trace, around[0], around[1], passing, slicing:
+        program() if arguments is None else program(*arguments)
+    return {name: site for name, site in trace.items() if site.get("after scan")}
+
+
+def _output_shapes(half: Half) -> tuple[Any, Any]:
+    scan: Scan = half.scan
+    first = jax.tree.map(lambda x: x[0], scan.inputs())
+    init = jax.tree.unflatten(half.carry_tree, half.carry_leaves(jax.tree.map(jnp.asarray, scan.init)))
+
+    def step(carry: Any) -> tuple[Any, Any]:
+        new, output, _ = run_step(scan, jnp.asarray(0), carry, first, CloudDraws(random.key(0), jnp.asarray(0)))
+        return output, new
+
+    output, carry = jax.eval_shape(step, init)
+    stacked = jax.tree.map(lambda x: jnp.zeros((scan.length, *x.shape), x.dtype), output)
+    return stacked, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)
+
+
+class _WatchScan(Messenger):
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "control_flow":
+            (_, _, self.carry), (_, self.outputs) = msg["value"]
+
+
+def _check_split(after: AfterScan, half: Half, user: str) -> None:
+    """Confirm on one simulated path that the factors over time add up to the whole likelihood."""
+    generator = np.random.default_rng(0)
+
+    def stand_in(x: Any) -> Any:
+        if not isinstance(x, jax.core.Tracer):
+            return x
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return random.key(0)
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            return np.asarray(generator.uniform(0.2, 0.8, x.shape), x.dtype)
+        return np.ones(x.shape, x.dtype)
+
+    program = half.program
+    assert isinstance(program, handlers.substitute) and isinstance(program.fn, partial)
+    args, kwargs = jax.tree.map(stand_in, after.args)
+    params = jax.tree.map(stand_in, program.data)
+    inner = handlers.substitute(program.fn.func, data=params)
+
+    def both() -> tuple[Array, Array]:
+        watch = _WatchScan()
+        with handlers.block(), handlers.trace() as trace, handlers.seed(rng_seed=random.key(1)), watch:
+            inner(*args, **kwargs)
+        whole = sum(log_density(trace[name], BatchPlates()) for name in after.split)
+        fixed = {n: s["value"] for n, s in trace.items() if n in half.prefix and s["type"] == "sample" and not s["is_observed"]}
+        sliced = AfterScan(lambda a, k: inner(*a, **k), (args, kwargs), after.length, after.split, [])
+        factors = jax.vmap(lambda t, output: sliced.log_density(t, output, watch.carry, fixed, BatchPlates()))(
+            jnp.arange(after.length), watch.outputs
+        )
+        return whole, jnp.sum(factors)
+
+    message = (
+        f"{user}: the likelihood after the scan (site '{after.split[0]}') does not split over time: its factors at the single steps do not add up "
+        f"to the whole. Move the statement into the step function; data and covariates must be arguments of the program with time as "
+        f"their leading axis."
+    )
+    try:
+        with jax.ensure_compile_time_eval():
+            whole, total = (float(x) for x in both())
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(message) from error
+    if np.isfinite(whole) and not np.allclose(whole, total, rtol=1e-3, atol=1e-3):
+        raise ValueError(f"{message} On one simulated path: {total:.4f} against {whole:.4f}.")

@@ -1,0 +1,122 @@
+"""One draw per sample site for the whole cloud of particles, although programs are written for a single particle."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax, random
+from jax.custom_batching import custom_vmap
+from numpyro.distributions import Distribution, ExpandedDistribution, Independent, MaskedDistribution
+from numpyro.distributions import TransformedDistribution
+from numpyro.distributions.batch_util import promote_batch_shape
+from numpyro.primitives import Messenger
+
+
+def _batch_size_first(fn: Distribution, is_batched: list[bool], axis_size: int) -> Distribution | None:
+    """``fn`` with the particle axis as its leading batch dimension, or ``None`` where NumPyro cannot say."""
+    leaves, treedef = jax.tree.flatten(fn)
+    leaves = [
+        leaf if batched else jnp.broadcast_to(leaf, (axis_size, *jnp.shape(leaf)))
+        for leaf, batched in zip(leaves, is_batched, strict=True)
+    ]
+    try:
+        promoted = promote_batch_shape(jax.tree.unflatten(treedef, leaves))
+    except NotImplementedError:
+        return None
+    return promoted if promoted.batch_shape == (axis_size, *fn.batch_shape) else None
+
+
+def _draw_plain(rng_key: Array, fn: Distribution, index: Array, sample_shape: tuple[int, ...]) -> Array:
+    """A draw of ``fn``; under vmap over ``index`` with one key, a single draw of the batched distribution."""
+
+    @custom_vmap
+    def draw_one(rng_key: Array, fn: Distribution, index: Array) -> Array:
+        del index
+        return fn.sample(rng_key, sample_shape)
+
+    @draw_one.def_vmap
+    def draw_cloud(axis_size: int, in_batched: Any, rng_key: Array, fn: Distribution, index: Array) -> Any:
+        key_batched, fn_batched, _ = in_batched
+        is_batched = jax.tree.leaves(fn_batched)
+        if not key_batched:
+            if not any(is_batched):
+                return fn.sample(rng_key, (axis_size, *sample_shape)), True
+            promoted = _batch_size_first(fn, is_batched, axis_size)
+            if promoted is not None:
+                return jnp.moveaxis(promoted.sample(rng_key, sample_shape), len(sample_shape), 0), True
+            rng_key = jax.vmap(random.fold_in, (None, 0))(rng_key, jnp.arange(axis_size))
+        axes = jax.tree.unflatten(jax.tree.structure(fn), [0 if batched else None for batched in is_batched])
+        return jax.vmap(lambda key, one: one.sample(key, sample_shape), (0, axes))(rng_key, fn), True
+
+    return draw_one(rng_key, fn, index)
+
+
+def draw(
+    rng_key: Array, fn: Distribution, index: Array, sample_shape: tuple[int, ...] = ()
+) -> tuple[Array, list[Any]]:
+    """One draw of ``fn`` for the particle ``index``, as a single draw for the whole cloud when vmapped over ``index``.
+
+    :param rng_key: key of this site and step, shared by all particles.
+    :param fn: distribution of one particle.
+    :param index: the particle's number; what ``vmap`` maps over.
+    :param sample_shape: shape of extra independent draws.
+    :return: the value and, for transformed distributions, the intermediates its ``log_prob`` accepts.
+    """
+    if isinstance(fn, MaskedDistribution | Independent):
+        return draw(rng_key, fn.base_dist, index, sample_shape)
+    if isinstance(fn, ExpandedDistribution):
+        value, intermediates = fn._sample(lambda key, shape: draw(key, fn.base_dist, index, shape), rng_key, sample_shape)
+        return value, intermediates
+    if isinstance(fn, TransformedDistribution) and type(fn).sample is TransformedDistribution.sample:
+        value, _ = draw(rng_key, fn.base_dist, index, sample_shape)
+        intermediates = []
+        for transform in fn.transforms:
+            before = value
+            value, between = transform.call_with_intermediates(before)
+            intermediates.append([before, between])
+        return value, intermediates
+    if any(isinstance(field, Distribution) for field in vars(fn).values()):
+        # A distribution that samples through another one: NumPyro cannot promote the inner batch shape.
+        return fn.sample(random.fold_in(rng_key, index), sample_shape), []
+    return _draw_plain(rng_key, fn, index, sample_shape), []
+
+
+class CloudDraws(Messenger):
+    """Give every unobserved site of one particle's program its draw, with one key per site.
+
+    Sites drawn here carry ``"drawn": True`` in their message. Sites whose data end at some step carry ``"given_until"``
+    and are drawn from then on. Keys asked for by ``numpyro.prng_key`` differ per particle.
+
+    :param rng_key: key of this step.
+    :param index: the particle's number.
+    """
+
+    def __init__(self, rng_key: Array, index: Array) -> None:
+        super().__init__(None)
+        self.rng_key = rng_key
+        self.index = index
+
+    def _next_key(self) -> Array:
+        self.rng_key, rng_key = random.split(self.rng_key)
+        return rng_key
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "prng_key" and msg["value"] is None:
+            msg["value"] = random.fold_in(self._next_key(), self.index)
+        elif msg["type"] == "plate" and msg["value"] is None:
+            msg["kwargs"]["rng_key"] = self._next_key()
+        elif msg["type"] == "sample" and msg["value"] is None:
+            sample_shape = msg["kwargs"].get("sample_shape", ())
+            rng_key = self._next_key()
+            if "given_until" in msg:
+                now, end, given = msg["given_until"]
+                msg["value"] = lax.cond(
+                    now < end,
+                    lambda: jnp.broadcast_to(given, sample_shape + msg["fn"].shape()),
+                    lambda: draw(rng_key, msg["fn"], self.index, sample_shape)[0].astype(given.dtype),
+                )
+            else:
+                value, intermediates = draw(rng_key, msg["fn"], self.index, sample_shape)
+                msg["value"] = value
+                msg["intermediates"] = intermediates if isinstance(msg["fn"], TransformedDistribution) else []
+                msg["drawn"] = True

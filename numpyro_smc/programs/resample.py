@@ -1,0 +1,158 @@
+"""Resampling a cloud of particles: scheme, schedule and gradient treatment composed into one function."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax, random
+
+from numpyro_smc.programs.resampling import Scheme, resolve
+from numpyro_smc.programs.weights import normalise
+
+GRADIENTS = ("none", "score", "score_rb", "stop_gradient")
+
+
+class Resampled(NamedTuple):
+    """Outcome of a resampling decision.
+
+    - **particles** - pytree with leading particle axis.
+    - **log_weights** - ``[N, *batch]``, of mean one.
+    - **ancestors** - int32 ``[N, *batch]``; the identity where nothing was resampled.
+    - **resampled** - bool ``[*batch]``.
+    - **log_prob** - log probability of the ancestors (zeros unless a score gradient is asked for), ``[*batch]``.
+    """
+
+    particles: Any
+    log_weights: Array
+    ancestors: Array
+    resampled: Array
+    log_prob: Array
+
+
+Decision = Callable[[Array, Array], Array]
+ResampleFn = Callable[[Array, Array, Any, Array, Array], Resampled]
+
+
+def schedule(resample: str | Decision, ess_threshold: float) -> Decision | None:
+    """When to resample: a function of log weights ``[N]`` and step to bool; ``None`` for never.
+
+    :param resample: ``"ess"`` (when the effective sample size is at most ``ess_threshold * N``), ``"always"``, ``"never"``, or
+        a function ``(log_weights, t) -> bool``.
+    """
+    if callable(resample):
+        return resample
+    if resample == "never":
+        return None
+    if resample == "always":
+        return lambda log_weights, t: jnp.asarray(True)
+    if resample == "ess":
+        if not 0.0 < ess_threshold <= 1.0:
+            raise ValueError(f"ess_threshold must lie in (0, 1], got {ess_threshold}. It is a fraction of num_particles.")
+        return lambda log_weights, t: normalise(log_weights)[2] <= ess_threshold * log_weights.shape[0]
+    raise ValueError(f"Unknown resample={resample!r}. Use 'ess', 'always', 'never', or a function (log_weights, t) -> bool.")
+
+
+def build(
+    resampler: str | Scheme | Callable[..., Array],
+    resample: str | Decision = "ess",
+    ess_threshold: float = 0.5,
+    gradient: str = "none",
+) -> ResampleFn | None:
+    """Compose a resampling function for a cloud, or ``None`` when nothing is ever resampled.
+
+    :param resampler: name of a registered scheme, or a scheme.
+    :param gradient: how gradients pass: ``"none"`` (through the moved particles only; biased), ``"score"`` and ``"score_rb"``
+        (score-function terms, unbiased; multinomial scheme and fixed schedule only), ``"stop_gradient"`` (log weights
+        carried as :math:`\\log w_I - \\operatorname{sg}(\\log w_I)`; targets the gradient of the log evidence).
+    :raises ValueError: for unknown names, and for score terms with a scheme or schedule they are wrong for.
+    """
+    scheme = resolve(resampler)
+    decide = schedule(resample, ess_threshold)
+    if gradient not in GRADIENTS:
+        raise ValueError(f"Unknown resampling_gradient={gradient!r}. Known: {', '.join(GRADIENTS)}.")
+    if gradient.startswith("score"):
+        if scheme.log_prob is None:
+            raise ValueError(
+                f"resampling_gradient={gradient!r} needs the log probability of the ancestors, which the {scheme.name} scheme does not "
+                f"have. Use resampler='multinomial', or resampling_gradient='stop_gradient'."
+            )
+        if resample == "ess":
+            raise ValueError(
+                f"resampling_gradient={gradient!r} is biased under resample='ess', whose decision depends on the parameters. Use "
+                f"resample='always' or a fixed schedule such as lambda log_weights, t: t % 2 == 1."
+            )
+    if decide is None:
+        return None
+
+    def chosen(rng_key: Array, log_weights: Array) -> tuple[Array, Array, Array]:
+        """Ancestors, new log weights and log probability of one problem's resampling."""
+        ancestors = scheme.ancestors(rng_key, lax.stop_gradient(log_weights), log_weights.shape[0])
+        new_log_weights = jnp.zeros_like(log_weights)
+        if gradient == "stop_gradient":
+            carried = jnp.where(jnp.isneginf(log_weights), 0.0, log_weights)[ancestors]
+            new_log_weights = carried - lax.stop_gradient(carried)
+        log_prob = jnp.zeros(())
+        if gradient.startswith("score"):
+            assert scheme.log_prob is not None
+            log_prob = scheme.log_prob(ancestors, log_weights)
+        return ancestors, new_log_weights, log_prob
+
+    def one(rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array) -> Resampled:
+        do = decide(lax.stop_gradient(log_weights), t) & allowed
+
+        def move(operand: tuple[Array, Any]) -> Resampled:
+            log_weights, particles = operand
+            ancestors, new_log_weights, log_prob = chosen(rng_key, log_weights)
+            alive = jnp.max(log_weights) > -jnp.inf
+            new_log_weights = jnp.where(alive, new_log_weights, log_weights)
+            moved = jax.tree.map(lambda leaf: leaf[ancestors], particles)
+            return Resampled(moved, new_log_weights, ancestors, jnp.asarray(True), log_prob)
+
+        def stay(operand: tuple[Array, Any]) -> Resampled:
+            log_weights, particles = operand
+            identity = jnp.arange(log_weights.shape[0], dtype=jnp.int32)
+            return Resampled(particles, log_weights, identity, jnp.asarray(False), jnp.zeros(()))
+
+        return lax.cond(do, move, stay, (log_weights, particles))
+
+    def many(rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array) -> Resampled:
+        num_particles, batch = log_weights.shape[0], log_weights.shape[1:]
+        rank = len(batch)
+        flat = log_weights.reshape(num_particles, -1)
+        do = jax.vmap(decide, (1, None))(lax.stop_gradient(flat), t) & allowed
+        identity = jnp.broadcast_to(jnp.arange(num_particles, dtype=jnp.int32)[:, None], flat.shape)
+
+        def move(operand: tuple[Array, Any]) -> tuple[Any, Array, Array, Array]:
+            flat, particles = operand
+            keys = random.split(rng_key, flat.shape[1])
+            ancestors, new_log_weights, log_prob = jax.vmap(chosen, (0, 1), (1, 1, 0))(keys, flat)
+            moved = do & (jnp.max(flat, axis=0) > -jnp.inf)
+            ancestors = jnp.where(do, ancestors, identity)
+
+            def gather(leaf: Array) -> Array:
+                columns = leaf.reshape(num_particles, flat.shape[1], *leaf.shape[1 + rank :])
+                return columns[ancestors, jnp.arange(flat.shape[1])].reshape(leaf.shape)
+
+            return (
+                jax.tree.map(gather, particles),
+                jnp.where(moved, new_log_weights, flat),
+                ancestors,
+                jnp.where(do, log_prob, 0.0),
+            )
+
+        def stay(operand: tuple[Array, Any]) -> tuple[Any, Array, Array, Array]:
+            flat, particles = operand
+            return particles, flat, identity, jnp.zeros(flat.shape[1])
+
+        particles, flat, ancestors, log_prob = lax.cond(jnp.any(do), move, stay, (flat, particles))
+        shape = (num_particles, *batch)
+        return Resampled(
+            particles, flat.reshape(shape), ancestors.reshape(shape), do.reshape(batch), log_prob.reshape(batch)
+        )
+
+    def resample_cloud(rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array) -> Resampled:
+        chosen_form = one if log_weights.ndim == 1 else many
+        return chosen_form(rng_key, log_weights, particles, t, allowed)
+
+    return resample_cloud

@@ -1,0 +1,212 @@
+"""Finding the scan statement of a NumPyro program, and running one step of it."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from numpyro import handlers
+from numpyro.primitives import _PYRO_STACK, Messenger
+
+Trace = dict[str, dict[str, Any]]
+
+_PASSIVE_HANDLERS = (handlers.trace, handlers.seed, handlers.infer_config, handlers.block, handlers.lift)
+_STACKED_HANDLERS = (handlers.condition, handlers.substitute, handlers.replay)
+
+
+class Scan(NamedTuple):
+    """One ``scan(f, init, xs, length)`` statement of a program, with the handlers that enclose it.
+
+    - **body** - the step function ``(carry, x) -> (carry, y)``.
+    - **init** - the initial carry, as the program gave it.
+    - **xs** - inputs with leading time axis.
+    - **length** - number of steps.
+    - **substitutions** - values that handlers around the scan fix, innermost first: pairs ``(kind, values)``.
+    - **wrappers** - functions ``(body, t) -> body`` that apply the enclosing mask, scale and uncondition handlers.
+    """
+
+    body: Callable[[Any, Any], tuple[Any, Any]]
+    init: Any
+    xs: Any
+    length: int
+    substitutions: tuple[tuple[str, Any], ...]
+    wrappers: tuple[Callable[[Callable, Array], Callable], ...]
+
+    def at(self, t: Array) -> Callable[[Any, Any], tuple[Any, Any]]:
+        """The step function at step ``t``, under the handlers that enclose the scan."""
+        body = self.body
+        for kind, values in self.substitutions:
+            body = _TimedValues(body, kind, values, t, self.length)
+        for wrap in self.wrappers:
+            body = wrap(body, t)
+        return body
+
+    def inputs(self) -> Any:
+        """``xs`` as arrays."""
+        return jax.tree.map(jnp.asarray, self.xs)
+
+
+class _ScanReached(Exception):
+    def __init__(self, scan: Scan) -> None:
+        self.scan = scan
+
+
+class _TimedValues(Messenger):
+    """Fix sites of a step to the slice that belongs to step ``t``, as NumPyro's own scan does."""
+
+    def __init__(self, fn: Callable, kind: str, values: Any, t: Array, length: int) -> None:
+        super().__init__(fn)
+        self.kind, self.values, self.t, self.length = kind, values, t, length
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample" or (msg["is_observed"] and self.kind != "condition"):
+            return
+        if callable(self.values):
+            value = self.values(msg)
+        elif self.kind == "replay":
+            site = self.values.get(msg["name"])
+            value = None if site is None else site["value"]
+        else:
+            value = self.values.get(msg["name"])
+        if value is None:
+            return
+        value = jnp.asarray(value)
+        ndim = len(msg["kwargs"].get("sample_shape", ())) + len(msg["fn"].shape())
+        if value.ndim == ndim + 1:
+            if value.shape[0] > self.length:
+                raise ValueError(
+                    f"Site '{msg['name']}' is given {value.shape[0]} values but the scan has {self.length} steps. "
+                    f"Lengthen the scan or shorten the values."
+                )
+            if value.shape[0] == 0:
+                raise ValueError(f"Site '{msg['name']}' is given a series of length 0.")
+            if value.shape[0] < self.length:
+                given = value[jnp.minimum(self.t, value.shape[0] - 1)]
+                msg["given_until"] = (self.t, value.shape[0], given)
+                msg["is_observed"] = self.kind == "condition"
+                return
+            value = value[self.t]
+        elif value.ndim != ndim:
+            raise ValueError(
+                f"Site '{msg['name']}' has {ndim} dimensions in a step but is given a value of shape {value.shape}. "
+                f"Give it shape [time, ...] with {ndim + 1} dimensions."
+            )
+        msg["value"] = value
+        if self.kind == "condition":
+            msg["is_observed"] = True
+
+
+class _CatchScan(Messenger):
+    """Stop the program at its scan statement and hand the statement out."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "control_flow":
+            return
+        stack = _PYRO_STACK[_PYRO_STACK.index(self) + 1 :]
+        raise _ScanReached(_scan_from_message(msg, stack))
+
+
+def _at_step(value: Any, t: Array, length: int) -> Any:
+    return value[t] if jnp.ndim(value) > 0 and jnp.shape(value)[0] == length else value
+
+
+def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger]) -> Scan:
+    body, init, xs, length, reverse = msg["args"]
+    if reverse:
+        raise NotImplementedError(
+            "A scan with reverse=True cannot be filtered: particles move forward in time. Reverse the data and the inputs "
+            "instead, and scan forward."
+        )
+    if length is None:
+        leaves = jax.tree.leaves(xs)
+        if not leaves:
+            raise ValueError("The scan has neither xs nor length: give scan(..., length=number_of_steps).")
+        length = jnp.shape(leaves[0])[0]
+    if length == 0:
+        raise ValueError("The scan has length 0: there is no series to filter. Give at least one step.")
+    for leaf in jax.tree.leaves(xs):
+        if jnp.shape(leaf)[:1] != (length,):
+            raise ValueError(f"An input of the scan has shape {jnp.shape(leaf)}; its leading axis must be length {length}.")
+    wrappers = []
+    for handler in reversed(enclosing):
+        if isinstance(handler, handlers.mask):
+            wrappers.append(lambda f, t, h=handler: handlers.mask(f, mask=_at_step(h.mask, t, length)))
+        elif isinstance(handler, handlers.scale):
+            wrappers.append(lambda f, t, h=handler: handlers.scale(f, scale=_at_step(h.scale, t, length)))
+        elif isinstance(handler, handlers.uncondition):
+            wrappers.append(lambda f, t: handlers.uncondition(f))
+        elif not isinstance(handler, _PASSIVE_HANDLERS + _STACKED_HANDLERS) and type(handler).__module__.startswith("numpyro."):
+            raise NotImplementedError(
+                f"handlers.{type(handler).__name__} encloses the scan. Apply it inside the step function: "
+                f"scan({type(handler).__name__}(step, ...), init, xs)."
+            )
+    return Scan(body, init, xs, int(length), tuple(msg["kwargs"]["substitute_stack"]), tuple(wrappers))
+
+
+def run_prefix(program: Callable[[], Any], *around: Messenger) -> tuple[Trace, Scan | None]:
+    """Run a program up to its scan statement.
+
+    :param program: the program with its arguments bound.
+    :param around: handlers to put around it, outermost first.
+    :return: the trace of the sites before the scan, and the scan (``None`` when the program ends without one; the
+        trace then holds every site).
+    """
+    with handlers.block(), handlers.trace() as trace:
+        try:
+            with _CatchScan():
+                _run_under(around, program)
+        except _ScanReached as reached:
+            return trace, reached.scan
+    return trace, None
+
+
+def run_step(scan: Scan, t: Array, carry: Any, x: Any, *around: Messenger) -> tuple[Any, Any, Trace]:
+    """Run the step function once.
+
+    :return: the new carry, the step's output, and the trace of its sites.
+    """
+    with handlers.block(), handlers.trace() as trace:
+        new_carry, output = _run_under(around, lambda: scan.at(t)(carry, x))
+    for name, site in trace.items():
+        if site["type"] == "param":
+            raise ValueError(
+                f"numpyro.param '{name}' stands inside the scan body. Declare it (and any network) before the scan and let "
+                f"the body use its value."
+            )
+    return new_carry, output, trace
+
+
+def _run_under(around: tuple[Messenger, ...], program: Callable[[], Any]) -> Any:
+    if not around:
+        return program()
+    with around[0]:
+        return _run_under(around[1:], program)
+
+
+class Fixed(Messenger):
+    """Give sites (and the indices of plates) their values, checking shapes; scan statements are left alone.
+
+    :param values: values by site name.
+    :param plates: plate indices by plate name.
+    :param source: who proposes the values, for error messages.
+    """
+
+    def __init__(self, values: dict[str, Array], plates: dict[str, Array] | None = None, source: str = "the guide") -> None:
+        super().__init__(None)
+        self.values, self.plates, self.source = values, plates or {}, source
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        name = msg.get("name")
+        if msg["type"] == "plate" and name in self.plates:
+            msg["value"] = self.plates[name]
+        elif msg["type"] == "sample" and not msg["is_observed"] and msg["value"] is None and name in self.values:
+            value = self.values[name]
+            expected = msg["kwargs"].get("sample_shape", ()) + msg["fn"].shape()
+            if jnp.shape(value) != expected:
+                raise ValueError(
+                    f"Site '{name}' has shape {expected} in the model but {self.source} gives it shape {jnp.shape(value)}. "
+                    f"Make the two shapes equal (see to_event and the enclosing plates)."
+                )
+            msg["value"] = value
+            msg["proposed"] = True

@@ -1,0 +1,50 @@
+"""Log-weight arithmetic along the leading (particle) axis, safe at ``-inf`` in values and in gradients."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def log_mean_exp(log_weights: Array) -> Array:
+    r"""Logarithm of the mean weight, :math:`\log \tfrac1N \sum_i e^{\ell_i}`, over the leading axis.
+
+    :param log_weights: shape ``[N, ...]``; ``-inf`` marks a dead particle.
+    :return: shape ``[...]``; ``-inf`` (with zero gradient) where every particle is dead.
+    """
+    return normalise(log_weights)[1]
+
+
+def normalise(log_weights: Array) -> tuple[Array, Array, Array]:
+    r"""Log weights of mean one, the log mean weight, and the effective sample size, from one pass.
+
+    With :math:`m = \max_i \ell_i` and :math:`u_i = e^{\ell_i - m}`: the log mean is
+    :math:`m + \log\tfrac1N\sum_i u_i` and the effective sample size :math:`(\sum_i u_i)^2 / \sum_i u_i^2`.
+
+    :param log_weights: shape ``[N, ...]``; ``-inf`` marks a dead particle.
+    :return: log weights ``[N, ...]`` of mean one, their former log mean ``[...]``, effective sample size ``[...]``
+        (zero where every particle is dead).
+    """
+    num_particles = log_weights.shape[0]
+    peak = jax.lax.stop_gradient(jnp.max(log_weights, axis=0))
+    alive = peak > -jnp.inf
+    peak = jnp.where(alive, peak, 0.0)
+    # Dead particles are given a finite value first, so that no gradient of exp(-inf) is ever formed.
+    dead = jnp.isneginf(log_weights)
+    scaled = jnp.where(dead, 0.0, jnp.exp(jnp.where(dead, 0.0, log_weights - peak)))
+    total = jnp.sum(scaled, axis=0)
+    safe_total = jnp.where(alive, total, 1.0)
+    log_mean = jnp.where(alive, peak + jnp.log(safe_total / num_particles), -jnp.inf)
+    normalised = jnp.where(dead, -jnp.inf, log_weights - jnp.where(alive, log_mean, 0.0))
+    fixed = jax.lax.stop_gradient(scaled)
+    sum_of_squares = jnp.sum(fixed * fixed, axis=0)
+    ess = jnp.where(alive, jnp.sum(fixed, axis=0) ** 2 / jnp.where(alive, sum_of_squares, 1.0), 0.0)
+    return normalised, log_mean, ess
+
+
+def effective_sample_size(log_weights: Array) -> Array:
+    r"""Effective sample size :math:`(\sum_i w_i)^2 / \sum_i w_i^2` over the leading axis.
+
+    :param log_weights: unnormalised, shape ``[N, ...]``.
+    :return: shape ``[...]``, between 1 and N; 0 where every particle is dead.
+    """
+    return normalise(log_weights)[2]
