@@ -7,9 +7,8 @@ With drift :math:`b` and :math:`x_{-1} = 0`,
     x_t \sim \mathcal N(x_{t-1} + b, 1), \quad t = 0, \dots, T - 1, \qquad y \sim \mathcal N(x_{T-1} + b, 1).
 
 Every program here is called as ``program(y, num_steps, num_series, drift)``, so one set of arguments serves a model
-and its guide. ``y`` is one number per series; a simulated record of site ``"y"``, with time as its leading axis, is
-accepted too, and its last entry is the observation. ``num_series=None`` is a single series; a number puts all sites in
-the plate ``"series"``. ``drift=None`` learns the parameter ``"drift"``, which starts at 0.
+and its guide. ``y`` is one number per series; ``num_series=None`` is a single series, a number puts all sites in the
+plate ``"series"``. ``drift=None`` learns the parameter ``"drift"``, which starts at 0.
 
 Symbols: :math:`n = T - t` is the number of unit-variance increments between :math:`x_t` and :math:`y`.
 
@@ -94,7 +93,7 @@ def model(
     :return: the path ``[num_steps, ...]`` and the observation ``[...]``.
     """
     drift = drift_parameter(drift)
-    observation = None if y is None else final_observation(y, num_steps, num_series)
+    observation = None if y is None else as_observation(y, num_series)
 
     def step(x: Array, t: Array) -> tuple[Array, tuple[Array, Array]]:
         with series_plate(num_series):
@@ -129,7 +128,7 @@ def make_guide(proposal: Proposal, twist: Twist | None = None) -> Callable[..., 
         num_series: int | None = None,
         drift: ArrayLike | None = None,
     ) -> None:
-        observation = final_observation(y, num_steps, num_series)
+        observation = as_observation(y, num_series)
         propose = proposal(observation, num_steps, drift)
         log_twist = None if twist is None else twist(observation, num_steps, drift)
 
@@ -234,18 +233,15 @@ def series_plate(num_series: int | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if num_series is None else numpyro.plate("series", num_series)
 
 
-def final_observation(y: ArrayLike, num_steps: int, num_series: int | None) -> Array:
-    """The observation ``[*batch]``: ``y`` itself, or the last entry of a record ``[num_steps, *batch]``.
+def as_observation(y: ArrayLike, num_series: int | None) -> Array:
+    """``y`` as a floating-point array.
 
-    :raises ValueError: if ``y`` has another shape.
+    :raises ValueError: if it is not one number per series.
     """
-    y, expected = jnp.asarray(y, dtype=jnp.result_type(float)), batch_shape(num_series)
-    if y.shape == expected:
-        return y
-    if y.shape == (num_steps, *expected):
-        return y[-1]
-    raise ValueError(
-        f"drift_diffusion: y has shape {y.shape}; with num_series={num_series} and num_steps={num_steps} expected "
-        f"{expected} (one observation per series) or {(num_steps, *expected)} (the record of site 'y'). "
-        "Pass num_series=len(y) for a batch of series."
-    )
+    y = jnp.asarray(y, dtype=jnp.result_type(float))
+    if y.shape != batch_shape(num_series):
+        raise ValueError(
+            f"drift_diffusion: y has shape {y.shape}; with num_series={num_series} expected {batch_shape(num_series)}, "
+            "one observation per series. Pass num_series=len(y) for a batch of series."
+        )
+    return y

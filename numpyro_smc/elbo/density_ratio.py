@@ -47,15 +47,16 @@ def twist_loss(
     start, path = simulate(positive_key, model, held, args, kwargs, num_series)
     other_start, other_path = simulate(negative_key, model, held, args, kwargs, num_series)
     observations = {name: path.pop(name) for name in names}
-    arguments = jax.vmap(lambda values: (_as_argument(values, args), *args[1:]), out_axes=(0,) + (None,) * len(args[1:]))(observations)
     for name in names:
         del other_path[name]
+    both = jax.tree.map(lambda *pair: jnp.stack(pair, axis=1), (start, path), (other_start, other_path))
 
-    def logits(first: Any, start: Values, path: Values) -> Array:
-        return twists_along(sequence, guide, params, (first, *args[1:]), kwargs, start, path)
+    def logits(observed: Values, both: tuple[Values, Values]) -> Array:
+        # What the guide computes of the observations alone is shared by the pair.
+        arguments = (_as_argument(observed, args), *args[1:])
+        return jax.vmap(lambda pair: twists_along(sequence, guide, params, arguments, kwargs, *pair))(both)
 
-    positive = jax.vmap(logits)(arguments[0], start, path)
-    negative = jax.vmap(logits)(arguments[0], other_start, other_path)
+    positive, negative = jnp.moveaxis(jax.vmap(logits)(observations, both), 1, 0)
     counted = jnp.broadcast_to(sequence.look_ahead(), positive.shape)
     terms = jnp.where(counted, jax.nn.softplus(-positive) + jax.nn.softplus(negative), 0.0)
     return jnp.sum(terms) / jnp.maximum(jnp.sum(counted), 1)
@@ -88,13 +89,13 @@ def twists_along(
     rng_key, zero = random.key(0), jnp.asarray(0)
     plates = plate_indices(sequence.model.prefix) | plate_indices(sequence.guide_prefix)
     bound = handlers.substitute(lambda: guide(*args, **kwargs), data=params)
-    _, scan = run_prefix(bound, CloudDraws(rng_key, zero), Fixed(sequence.global_values | start, plates))
+    _, scan = run_prefix(bound, CloudDraws(rng_key), Fixed(sequence.global_values | start, plates))
     assert scan is not None
 
     def step(carry: list[Array], inputs: tuple[Array, Any, Values]) -> tuple[list[Array], Array]:
         t, x, values = inputs
         tree = jax.tree.unflatten(half.carry_tree, carry)
-        new, _, trace = run_step(scan, t, tree, x, CloudDraws(rng_key, zero), Fixed(values, plates, "the simulated model"))
+        new, _, trace = run_step(scan, t, tree, x, CloudDraws(rng_key), Fixed(values, plates, "the simulated model"))
         return half.carry_leaves(new), sum(site["value"] for site in trace.values() if site["type"] == "twist")
 
     inputs = (jnp.arange(sequence.length), scan.inputs(), path)
@@ -139,11 +140,11 @@ def _check_data_unused(model: Program, params: dict[str, Any], args: tuple[Any, 
 
     def simulated(data: Any) -> Any:
         program = handlers.substitute(lambda: handlers.uncondition(model)(data, *args[1:], **kwargs), data=params)
-        _, scan = run_prefix(program, CloudDraws(random.key(0), jnp.asarray(0)))
+        _, scan = run_prefix(program, CloudDraws(random.key(0)))
         if scan is None:
             return ()
         x = jax.tree.map(lambda leaf: leaf[0], scan.inputs())
-        carry, _, trace = run_step(scan, jnp.asarray(0), scan.init, x, CloudDraws(random.key(0), jnp.asarray(0)))
+        carry, _, trace = run_step(scan, jnp.asarray(0), scan.init, x, CloudDraws(random.key(0)))
         values = {name: site["value"] for name, site in trace.items() if site["type"] == "sample"}
         return {"the carry": jax.tree.leaves(jax.tree.map(jnp.asarray, carry)), **values}
 

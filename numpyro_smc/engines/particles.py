@@ -94,11 +94,16 @@ def initialise(rng_key: Array, model: FeynmanKac, num_particles: int) -> tuple[P
     return ParticleState(cloud, log_weights), info, move
 
 
+def step_keys(rng_key: Array, t: Array) -> Array:
+    """The keys of step ``t``, for resampling and for moving."""
+    return random.split(random.fold_in(rng_key, t))
+
+
 def advance(
-    rng_key: Array, model: FeynmanKac, resample: ResampleFn | None, state: ParticleState, t: Array, inputs: Any
+    keys: Array, model: FeynmanKac, resample: ResampleFn | None, state: ParticleState, t: Array, inputs: Any
 ) -> tuple[ParticleState, StepInfo, Move]:
-    """One step of the recursion. The step's key is ``fold_in(rng_key, t)``."""
-    resample_key, move_key = random.split(random.fold_in(rng_key, t))
+    """One step of the recursion, with the keys of :func:`step_keys`."""
+    resample_key, move_key = keys[0], keys[1]
     cloud, log_weights = state
     num_particles, batch = log_weights.shape[0], log_weights.shape[1:]
     if resample is None:
@@ -137,14 +142,17 @@ def run(
     state, initial, move = initialise(init_key, model, num_particles)
     kept = None if keep is None else keep(state, move)
 
-    def step(state: ParticleState, timed: tuple[Array, Any]) -> tuple[ParticleState, StepInfo]:
-        t, inputs = timed
-        new_state, info, move = advance(run_key, model, resample, state, t, inputs)
+    def step(state: ParticleState, timed: tuple[Array, Array, Any]) -> tuple[ParticleState, StepInfo]:
+        t, keys, inputs = timed
+        new_state, info, move = advance(keys, model, resample, state, t, inputs)
         return new_state, info._replace(
             history=None if keep is None else keep(new_state, move),
             ancestors=info.ancestors if keep is not None else jnp.zeros((), jnp.int32),
         )
 
     body = jax.checkpoint(step) if remat else step
-    state, infos = lax.scan(body, state, (jnp.arange(model.length), model.inputs()))
+    times = jnp.arange(model.length)
+    # All keys at once: deriving them one step at a time would dominate filters with few particles.
+    keys = jax.vmap(step_keys, (None, 0))(run_key, times)
+    state, infos = lax.scan(body, state, (times, keys, model.inputs()))
     return Recursion(state, initial, infos, kept)

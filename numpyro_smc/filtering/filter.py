@@ -14,7 +14,7 @@ from numpyro import handlers
 from numpyro_smc.elbo.fivo import check_num_particles
 from numpyro_smc.engines.checkpoint import load_pytree, save_pytree
 from numpyro_smc.engines.chunks import in_chunks
-from numpyro_smc.engines.particles import Move, ParticleState, advance, initialise, run
+from numpyro_smc.engines.particles import Move, ParticleState, advance, initialise, run, step_keys
 from numpyro_smc.filtering.result import FilterResult, History
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.resample import Decision, build
@@ -207,13 +207,13 @@ class ParticleFilter:
     def _init(self, rng_key: Array, params: Any, args: Any, kwargs: Any) -> FilterState:
         read_key, run_key = random.split(rng_key)
         sequence = self._stream(read_key, params, args, kwargs, {})
+        zero = jnp.asarray(0)
         init_key, _ = random.split(run_key)
         state, info, _ = initialise(init_key, sequence, self.num_particles)
         values = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(lambda: advance(run_key, sequence, None, state, jnp.asarray(0), self._first(sequence))[2].values),
+            jax.eval_shape(lambda: advance(step_keys(run_key, zero), sequence, None, state, zero, self._first(sequence))[2].values),
         )
-        zero = jnp.asarray(0)
         return FilterState(rng_key, zero, state, info.increment, info.increment, info.ess, values, None)
 
     def _update(self, state: FilterState, program: Any, x: Any, guide_x: Any, data: dict[str, Any]) -> FilterState:
@@ -227,7 +227,7 @@ class ParticleFilter:
                 f"{jax.tree.map(jnp.shape, x)}. Pass one slice of the model's xs."
             )
         _, step_key = random.split(run_key)
-        particles, info, move = advance(step_key, sequence, self.resampling, state.particles, state.t, inputs)
+        particles, info, move = advance(step_keys(step_key, state.t), sequence, self.resampling, state.particles, state.t, inputs)
         return FilterState(
             state.rng_key,
             state.t + 1,

@@ -205,16 +205,18 @@ class FilterResult:
             return
         first = int(broken.argmax()) - 1
         where = "before the first step" if first < 0 else f"at step {first}"
-        if np.isneginf(steps[first + 1]).any() and not np.isnan(steps[first + 1]).any():
-            raise FloatingPointError(
-                f"ParticleFilter: all particles have weight zero {where}: no particle explains the observation. Use more particles, a guide, or "
-                f"check the observation and its support."
-            )
         sites = ", ".join(f"'{name}'" for name in forecasting.not_finite(self.filter, self.rng_key, self.program, max(first, 0)))
+        if sites:
+            raise FloatingPointError(
+                f"ParticleFilter: non-finite data at site {sites} {where}. Mask missing values with handlers.mask, or clean the data."
+            )
+        if np.isneginf(steps[first + 1]).any():
+            raise FloatingPointError(
+                f"ParticleFilter: all particles have weight zero {where}: no particle explains the observation. Use more particles, a guide, "
+                f"or check the observation and its support."
+            )
         raise FloatingPointError(
-            f"ParticleFilter: the weights are not finite numbers {where}"
-            + (f"; non-finite data at site {sites}" if sites else "")
-            + ". Mask missing values with handlers.mask, or clean the data and parameters."
+            f"ParticleFilter: the weights are not numbers {where}. Check the parameters, the model's distributions and the twists."
         )
 
     def _need_history(self, what: str) -> None:

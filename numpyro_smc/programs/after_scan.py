@@ -144,7 +144,7 @@ def _run_after(
 ) -> Trace:
     passing = _PassScan(outputs, carry)
     rng_key = random.key(0)
-    around = [CloudDraws(rng_key, jnp.asarray(0)), Fixed(fixed)]
+    around = [CloudDraws(rng_key), Fixed(fixed)]
     slicing = Messenger() if t is None else _SliceTime(t, length, keep, passing)
     with handlers.block(), handlers.trace() as trace, around[0], around[1], passing, slicing:
         program() if arguments is None else program(*arguments)
@@ -157,7 +157,7 @@ def _output_shapes(half: Half) -> tuple[Any, Any]:
     init = jax.tree.unflatten(half.carry_tree, half.carry_leaves(jax.tree.map(jnp.asarray, scan.init)))
 
     def step(carry: Any) -> tuple[Any, Any]:
-        new, output, _ = run_step(scan, jnp.asarray(0), carry, first, CloudDraws(random.key(0), jnp.asarray(0)))
+        new, output, _ = run_step(scan, jnp.asarray(0), carry, first, CloudDraws(random.key(0)))
         return output, new
 
     output, carry = jax.eval_shape(step, init)

@@ -88,10 +88,11 @@ class CloudDraws(Messenger):
     and are drawn from then on. Keys asked for by ``numpyro.prng_key`` differ per particle.
 
     :param rng_key: key of this step.
-    :param index: the particle's number.
+    :param index: the particle's number; ``None`` outside any vectorisation over particles (reverse-mode differentiation of
+        a draw that was never vmapped needs this).
     """
 
-    def __init__(self, rng_key: Array, index: Array) -> None:
+    def __init__(self, rng_key: Array, index: Array | None = None) -> None:
         super().__init__(None)
         self.rng_key = rng_key
         self.index = index
@@ -100,9 +101,15 @@ class CloudDraws(Messenger):
         self.rng_key, rng_key = random.split(self.rng_key)
         return rng_key
 
+    def _draw(self, rng_key: Array, fn: Distribution, sample_shape: tuple[int, ...]) -> tuple[Array, list[Any]]:
+        if self.index is None:
+            return fn(rng_key=rng_key, sample_shape=sample_shape, sample_intermediates=True)
+        return draw(rng_key, fn, self.index, sample_shape)
+
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "prng_key" and msg["value"] is None:
-            msg["value"] = random.fold_in(self._next_key(), self.index)
+            rng_key = self._next_key()
+            msg["value"] = rng_key if self.index is None else random.fold_in(rng_key, self.index)
         elif msg["type"] == "plate" and msg["value"] is None:
             msg["kwargs"]["rng_key"] = self._next_key()
         elif msg["type"] == "sample" and msg["value"] is None:
@@ -113,10 +120,10 @@ class CloudDraws(Messenger):
                 msg["value"] = lax.cond(
                     now < end,
                     lambda: jnp.broadcast_to(given, sample_shape + msg["fn"].shape()),
-                    lambda: draw(rng_key, msg["fn"], self.index, sample_shape)[0].astype(given.dtype),
+                    lambda: self._draw(rng_key, msg["fn"], sample_shape)[0].astype(given.dtype),
                 )
             else:
-                value, intermediates = draw(rng_key, msg["fn"], self.index, sample_shape)
+                value, intermediates = self._draw(rng_key, msg["fn"], sample_shape)
                 msg["value"] = value
                 msg["intermediates"] = intermediates if isinstance(msg["fn"], TransformedDistribution) else []
                 msg["drawn"] = True

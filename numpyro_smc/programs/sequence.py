@@ -185,7 +185,7 @@ class Sequence:
         """One particle's model step with its latents given: the moving part of the new carry, the output, the trace."""
         plates = plate_indices(self.model.prefix)
         carry = self.model.merge(particles["model"], shared["model"])
-        around = (CloudDraws(random.key(0), jnp.asarray(0)), Fixed(values, plates, "the path"))
+        around = (CloudDraws(random.key(0)), Fixed(values, plates, "the path"))
         carry, output, trace = run_step(self.model.scan, t, carry, x, *around)
         return self.model.split(carry)[0], (output, carry), trace
 
@@ -201,7 +201,7 @@ class Sequence:
         """Values of the first step's sites and carry for one particle, to ask what an input is used for."""
         zero = jnp.asarray(0)
         carry = jax.tree.unflatten(self.model.carry_tree, self.model.carry_leaves(self.model.scan.init))
-        carry, _, trace = run_step(self.model.scan, zero, carry, x, CloudDraws(random.key(0), zero))
+        carry, _, trace = run_step(self.model.scan, zero, carry, x, CloudDraws(random.key(0)))
         return jax.tree.leaves(carry), [site["value"] for site in trace.values() if site["type"] == "sample"]
 
     def observed_values(self, t: int) -> dict[str, Array]:
@@ -209,7 +209,7 @@ class Sequence:
         zero, step = jnp.asarray(0), jnp.asarray(t)
         carry = jax.tree.unflatten(self.model.carry_tree, self.model.carry_leaves(self.model.scan.init))
         x = jax.tree.map(lambda leaf: leaf[t], self.model.scan.inputs())
-        _, _, trace = run_step(self.model.scan, step, carry, x, CloudDraws(random.key(0), zero))
+        _, _, trace = run_step(self.model.scan, step, carry, x, CloudDraws(random.key(0)))
         return {name: unmasked_value(site) for name, site in trace.items() if is_observed(site)}
 
     # ---- one particle -----------------------------------------------------------------------------------------------
@@ -254,7 +254,7 @@ class Sequence:
         return state, shared, Move(log_weight, values, log_twist, log_score)
 
     def _step_one(self, rng_key: Array, t: Array, inputs: Any, index: Array, state: Any, shared: Any) -> Any:
-        guide_key, model_key = random.split(rng_key)
+        guide_key, model_key = random.split(rng_key) if self.proposes else (rng_key, rng_key)
         plates = plate_indices(self.model.prefix) | plate_indices(self.guide_prefix)
         guide_trace: Trace = {}
         new_state: dict[str, Any] = {}
@@ -368,14 +368,14 @@ class Sequence:
         """Whether each step holds an unmasked observation, ``[T, *batch]``; conservative if masks depend on particles."""
         if not self.model.masks_are_fixed or self.after is not None:
             return jnp.ones((self.length, *self.batch_shape), bool)
-        _, scan = run_prefix(self.model.program, CloudDraws(random.key(0), jnp.asarray(0)), Fixed(self.global_values))
+        _, scan = run_prefix(self.model.program, CloudDraws(random.key(0)), Fixed(self.global_values))
         assert scan is not None
         moving, still = self.model.split(scan.init)
 
         def observe(still: list[Array], inputs: tuple[Array, Any]) -> tuple[list[Array], Array]:
             t, x = inputs
             carry, _, trace = run_step(
-                self.model.scan, t, self.model.merge(moving, still), x, CloudDraws(random.key(0), jnp.asarray(0))
+                self.model.scan, t, self.model.merge(moving, still), x, CloudDraws(random.key(0))
             )
             sites = [site for site in trace.values() if is_observed(site)]
             seen = [jnp.broadcast_to(observed_elements(site, self.plates), self.batch_shape) for site in sites]
@@ -413,12 +413,12 @@ def read_sequence(
     guide_half, path = None, {}
     if guide is not None:
         bound_guide = handlers.substitute(partial(guide, *args, **kwargs), data=params)
-        guide_trace, guide_scan = run_prefix(bound_guide, CloudDraws(guide_key, zero))
+        guide_trace, guide_scan = run_prefix(bound_guide, CloudDraws(guide_key))
         if guide_scan is not None:
             guide_half = read_half(bound_guide, guide_trace, guide_scan)
             read_after_scan(bound_guide, guide_half, args, kwargs, is_guide=True, user=user)
     proposed = {name: site["value"] for name, site in guide_trace.items() if is_latent(site)}
-    prefix, scan = run_prefix(bound_model, CloudDraws(model_key, zero), Fixed(proposed, plate_indices(guide_trace)))
+    prefix, scan = run_prefix(bound_model, CloudDraws(model_key), Fixed(proposed, plate_indices(guide_trace)))
     if scan is None:
         raise ValueError(
             f"{user}: the model has no numpyro.contrib.control_flow.scan (outside of plates and not hidden by a block handler), so "

@@ -26,18 +26,17 @@ def normalise(log_weights: Array) -> tuple[Array, Array, Array]:
     """
     num_particles = log_weights.shape[0]
     peak = jax.lax.stop_gradient(jnp.max(log_weights, axis=0))
-    alive = peak > -jnp.inf
-    peak = jnp.where(alive, peak, 0.0)
+    peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
     # Dead particles are given a finite value first, so that no gradient of exp(-inf) is ever formed.
     dead = jnp.isneginf(log_weights)
     scaled = jnp.where(dead, 0.0, jnp.exp(jnp.where(dead, 0.0, log_weights - peak)))
     total = jnp.sum(scaled, axis=0)
-    safe_total = jnp.where(alive, total, 1.0)
-    log_mean = jnp.where(alive, peak + jnp.log(safe_total / num_particles), -jnp.inf)
-    normalised = jnp.where(dead, -jnp.inf, log_weights - jnp.where(alive, log_mean, 0.0))
+    extinct = total == 0.0  # false where a weight is not a number: that must show in the result
+    log_mean = jnp.where(extinct, -jnp.inf, peak + jnp.log(jnp.where(extinct, 1.0, total) / num_particles))
+    normalised = jnp.where(dead, -jnp.inf, log_weights - jnp.where(extinct, 0.0, log_mean))
     fixed = jax.lax.stop_gradient(scaled)
     sum_of_squares = jnp.sum(fixed * fixed, axis=0)
-    ess = jnp.where(alive, jnp.sum(fixed, axis=0) ** 2 / jnp.where(alive, sum_of_squares, 1.0), 0.0)
+    ess = jnp.sum(fixed, axis=0) ** 2 / jnp.where(extinct, 1.0, sum_of_squares)
     return normalised, log_mean, ess
 
 

@@ -98,6 +98,17 @@ def test_the_loss_sees_the_step_in_every_mode_of_svi_run(flag):
     np.testing.assert_array_equal(svi.run(KEY, 4, Y, **{"progress_bar": False, flag: True}).losses, range(4))
 
 
+@pytest.mark.parametrize("stable_update", [False, True])
+def test_forward_mode_reaches_the_wrapped_optimiser(stable_update):
+    class Looping(StepLoss):
+        def loss(self, rng_key, params, *args, **kwargs):
+            zero = lax.while_loop(lambda x: x > 1.0, lambda x: x / 2, jnp.exp(params["loc"])) * 0.0
+            return super().loss(rng_key, params, *args, **kwargs) + zero  # reverse mode refuses the loop
+
+    options = {"progress_bar": False, "forward_mode_differentiation": True, "stable_update": stable_update}
+    np.testing.assert_array_equal(make_svi(loss=Looping()).run(KEY, 4, Y, **options).losses, range(4))
+
+
 def test_the_loss_sees_the_step_in_an_alternation_and_in_fit():
     result = fit(make_svi(loss=StepLoss()), KEY, 9, Y, progress_bar=False, chunk_size=2)
     np.testing.assert_array_equal(result.losses, range(9))

@@ -36,7 +36,7 @@ def normal_log_density(value: float, mean: float, variance: float) -> float:
 
 
 def run_guide(guide, y, drift=DRIFT, num_series=None, params=None):
-    """Trace of a guide: its sites, params and twists by step are read off a run that records every message."""
+    """Trace of one run of a guide."""
     seeded = handlers.seed(handlers.substitute(guide, data=params or {}), jax.random.key(0))
     return handlers.trace(seeded).get_trace(y, T, num_series, drift)
 
@@ -133,13 +133,11 @@ def test_drift_is_a_parameter_starting_at_zero_unless_given():
     ("proposal", "twist"), [("prior", "mlp"), ("optimal", "analytic"), ("learned", "tilt"), ("learned", "none")]
 )
 @pytest.mark.parametrize("num_series", [None, 3])
-def test_every_guide_runs_on_observations_and_on_simulated_records(proposal, twist, num_series):
+def test_every_guide_runs_on_one_series_and_on_many(proposal, twist, num_series):
     guide = dd.make_guide(PROPOSALS[proposal], TWISTS[twist])
     y = jnp.asarray(Y) if num_series is None else jnp.array([3.0, 1.0, -2.0])
-    record = jnp.full((T, *y.shape), jnp.nan).at[-1].set(y)
     trace = run_guide(guide, y, None, num_series)
     assert trace["x"]["value"].shape == (T, *y.shape)
-    np.testing.assert_array_equal(run_guide(guide, record, None, num_series)["x"]["value"], trace["x"]["value"])
     twist_params = {name for name, site in trace.items() if site["type"] == "param" and name.startswith("twist")}
     expected = {"tilt": {"twist_bias", "twist_log_variance"}, "mlp": {"twist_mlp$params"}}
     assert twist_params == expected.get(twist, set())

@@ -89,9 +89,9 @@ def test_conditional_keeps_its_pivot_and_never_chooses_the_dead(name):
     assert np.array_equal(ancestors[rows, slots], pivots)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])  # bisection and sort: both run anywhere
 def test_a_search_at_every_rounding_boundary_finds_only_the_living(monkeypatch, backend):
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)  # both searches run anywhere
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     log_weights = half_dead_cloud(3, 100_000)
     weights = scaled_weights(log_weights)
     cumulative = jnp.cumsum(weights)
@@ -99,6 +99,21 @@ def test_a_search_at_every_rounding_boundary_finds_only_the_living(monkeypatch, 
     plain = jnp.searchsorted(cumulative, positions[positions < cumulative[-1]], side="right")
     assert jnp.any(weights[plain] == 0)  # the cloud is hard: a plain search does choose the dead
     assert_valid(search(weights, jnp.maximum(positions, 0.0), cumulative[-1]), log_weights)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_position_belongs_to_the_particle_that_begins_there(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    weights = jnp.array([0.0, 2.0, 0.0, 1.0, 3.0, 0.0])
+    owners = search(weights, jnp.array([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), 6)
+    assert np.array_equal(owners, [1, 1, 3, 4, 4, 4, 4])
+
+
+def test_scaled_weights_are_exact_zeros_for_the_dead_and_one_for_the_largest():
+    assert np.array_equal(scaled_weights(np.full(3, -np.inf)), np.zeros(3))
+    weights = scaled_weights(np.array([-np.inf, 700.0, 699.0, -np.inf]))
+    assert np.array_equal(weights[jnp.array([0, 1, 3])], [0, 1, 0])
+    np.testing.assert_allclose(weights[2], np.exp(-1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
