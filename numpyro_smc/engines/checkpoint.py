@@ -38,7 +38,8 @@ def save_pytree(path: str | os.PathLike, tree: Any) -> None:
     :raises ValueError: if a leaf is not an array or a number; the message names it.
     """
     named_leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    manifest, arrays = [], {}
+    manifest: list[dict[str, Any]] = []
+    arrays: dict[str, Any] = {}
     for index, (key_path, leaf) in enumerate(named_leaves):
         name = jax.tree_util.keystr(key_path)
         manifest.append({"name": name, "dtype": _dtype_name(leaf, name), "shape": np.shape(leaf)})
@@ -91,7 +92,7 @@ def load_pytree(path: str | os.PathLike, like: Any) -> Any:
     for name in found:
         if name not in expected:
             raise ValueError(f"'{os.fspath(path)}' has a leaf {name}, which is not expected.")
-    return treedef.unflatten([_restored_form(stored[name], leaf) for name, leaf in expected.items()])
+    return jax.tree.unflatten(treedef, [_restored_form(stored[name], leaf) for name, leaf in expected.items()])
 
 
 @dataclass(frozen=True)

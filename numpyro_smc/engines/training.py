@@ -186,7 +186,9 @@ def fit(
 
     def evaluated(progress: Progress) -> Progress:
         step, done = progress.step, dict(progress.evaluations)
-        if evaluate is None or step in done or step == 0 or step > num_steps or step % evaluate_every:
+        if evaluate is None or not evaluate_every or step in done:
+            return progress
+        if step == 0 or step > num_steps or step % evaluate_every:
             return progress
         values = evaluate(svi.get_params(progress.state), jax.random.fold_in(progress.evaluation_key, step))
         if not isinstance(values, Mapping):
@@ -213,7 +215,7 @@ def fit(
                     bar.update(progress.step - bar.n)
                 progress = evaluated(progress)
                 report(progress, bar)
-                if checkpoint_every and progress.step % checkpoint_every == 0:
+                if checkpoint is not None and checkpoint_every and progress.step % checkpoint_every == 0:
                     progress.save(checkpoint)
                     saved = progress
         except KeyboardInterrupt:
@@ -272,14 +274,15 @@ def _compiled_steps(svi: SVI, treedef: Any, static: list, forward_mode_different
     program = (svi.model, svi.guide, svi.loss, svi.optim, constraints, forward_mode_differentiation, static)
     key = (*jax.tree.flatten(program), treedef)
     cached = _COMPILED.setdefault(svi, [])
-    for other, run in cached:
+    for other, compiled in cached:
         if key[1:] == other[1:] and all(map(_is_same, key[0], other[0])):
-            return run
+            return compiled
     svi_reference = weakref.ref(svi)
 
     @jax.jit
     def run(state: SVIState, num_steps: Array, arrays: list[Array]) -> tuple[SVIState, Array, Array]:
-        svi, remaining = svi_reference(), iter(arrays)
+        svi: Any = svi_reference()
+        remaining = iter(arrays)
         args, kwargs = treedef.unflatten([next(remaining) if leaf is _TRACED else leaf for leaf in static])
 
         def step(index: Array, carry: tuple) -> tuple:

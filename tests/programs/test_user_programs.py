@@ -28,7 +28,7 @@ def scan_sites(trace) -> dict:
 
 def numpyro_log_weights(program: UserProgram, values, num_particles: int) -> np.ndarray:
     """Log weights of whole paths as NumPyro itself computes them: log p(x, y) - log q(x), or log p(y | x) without guide."""
-    params = jax.tree.map(jnp.asarray, program.params)
+    params = program.params
 
     def one(path):
         def total(model, which):

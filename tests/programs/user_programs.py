@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -112,6 +112,9 @@ class UserProgram:
     discrete: bool = False
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "params", jax.tree.map(jnp.asarray, self.params))
+
 
 PROGRAMS: dict[str, UserProgram] = {}
 
@@ -199,7 +202,7 @@ def exact_ar2():
 
 
 PROGRAMS["AR(2) of observations"] = UserProgram(
-    ar2, exact_ar2, (AR_DATA,), params={"alpha_1": 0.6, "alpha_2": 0.3, "const": 0.1, "sigma": 0.7}, num_particles=4
+    ar2, exact_ar2, (jnp.asarray(AR_DATA),), params={"alpha_1": 0.6, "alpha_2": 0.3, "const": 0.1, "sigma": 0.7}, num_particles=4
 )
 
 
@@ -226,7 +229,7 @@ def exact_ar2_with_noise():
 
 
 PROGRAMS["AR(2) with noise, conditioned"] = UserProgram(
-    handlers.condition(ar2_with_noise, data={"y": LEVEL_DATA}),
+    handlers.condition(ar2_with_noise, data={"y": jnp.asarray(LEVEL_DATA)}),
     exact_ar2_with_noise,
     (len(LEVEL_DATA),),
     params={"phi_1": 0.5, "phi_2": 0.3},
@@ -360,7 +363,7 @@ def exact_structural(y=LEVEL_DATA):
 
 
 PROGRAMS["structural series with a horizon"] = UserProgram(
-    handlers.condition(structural, data={"y": LEVEL_DATA}),
+    handlers.condition(structural, data={"y": jnp.asarray(LEVEL_DATA)}),
     exact_structural,
     (len(LEVEL_DATA),),
     {"horizon": 3},
@@ -586,6 +589,7 @@ def vrnn_params() -> dict[str, Any]:
     return found
 
 
+@lru_cache
 def exact_vrnn(num_draws: int = 20_000, num_runs: int = 30) -> Exact:
     """Importance sampling from the prior, in numpy; the error is that of the mean over independent runs."""
     params = jax.tree.map(lambda x: np.asarray(x, float), vrnn_params())
