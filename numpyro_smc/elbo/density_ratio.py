@@ -63,7 +63,12 @@ def twist_loss(
 
 
 def simulate(
-    rng_key: Array, model: Program, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], num_series: int
+    rng_key: Array,
+    model: Program,
+    params: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    num_series: int,
 ) -> tuple[Values, Values]:
     """Simulate latents and observations of a sequence model, gradients stopped.
 
@@ -81,12 +86,18 @@ def simulate(
 
 
 def twists_along(
-    sequence: Sequence, guide: Program, params: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any], start: Values, path: Values
+    sequence: Sequence,
+    guide: Program,
+    params: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    start: Values,
+    path: Values,
 ) -> Array:
     """Log twists of one given path under the guide for given observations, ``[T, *batch]``."""
     half = sequence.guide
     assert half is not None
-    rng_key, zero = random.key(0), jnp.asarray(0)
+    rng_key = random.key(0)
     plates = plate_indices(sequence.model.prefix) | plate_indices(sequence.guide_prefix)
     bound = handlers.substitute(lambda: guide(*args, **kwargs), data=params)
     _, scan = run_prefix(bound, CloudDraws(rng_key), Fixed(sequence.global_values | start, plates))
@@ -108,7 +119,9 @@ def _as_argument(values: Values, args: tuple[Any, ...]) -> Any:
     if isinstance(original, dict):
         missing = set(original) - set(values)
         if missing:
-            raise ValueError(f"SIXO: the first argument has entries {sorted(missing)} that are not observed sites of the step.")
+            raise ValueError(
+                f"SIXO: the first argument has entries {sorted(missing)} that are not observed sites of the step."
+            )
         return {name: _like(values[name], original[name], name) for name in original}
     if len(values) != 1 or not hasattr(original, "shape"):
         raise ValueError(

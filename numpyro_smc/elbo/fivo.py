@@ -111,7 +111,9 @@ class FIVO(ELBO):
                 f"of the gradient. Use resampling_gradient='score_rb' (unbiased; multinomial and a fixed schedule) or 'stop_gradient' "
                 f"(gradient of the log evidence)."
             )
-        sequence.gradient_of_draws = {"none": "ignore", "stop_gradient": "weights"}.get(self.resampling_gradient, "score")
+        sequence.gradient_of_draws = {"none": "ignore", "stop_gradient": "weights"}.get(
+            self.resampling_gradient, "score"
+        )
         return run_key, sequence
 
     def _bound(self, rng_key: Array, sequence: Sequence) -> Array:

@@ -135,10 +135,14 @@ class SIXO(FIVO):
             )
 
         def hold(params: dict[str, Any], twist: bool) -> dict[str, Any]:
-            return {name: lax.stop_gradient(value) if of_twist[name] == twist else value for name, value in params.items()}
+            return {
+                name: lax.stop_gradient(value) if of_twist[name] == twist else value for name, value in params.items()
+            }
 
         def model_step(params: dict[str, Any]) -> tuple[Array, Any]:
-            result = super(SIXO, self).loss_with_mutable_state(rng_key, hold(params, twist=True), model, guide, *args, **kwargs)
+            result = super(SIXO, self).loss_with_mutable_state(
+                rng_key, hold(params, twist=True), model, guide, *args, **kwargs
+            )
             return result["loss"], result["mutable_state"]
 
         def twist_step(params: dict[str, Any]) -> Array:

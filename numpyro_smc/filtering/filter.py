@@ -20,6 +20,7 @@ from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.resample import Decision, build
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.sequence import Program, Sequence, read_sequence
+from numpyro_smc.programs.weights import normalise
 
 
 class FilterState(NamedTuple):
@@ -115,7 +116,9 @@ class ParticleFilter:
 
     def __repr__(self) -> str:
         guide = "" if self.guide is None else f", guide={getattr(self.guide, '__name__', self.guide)}"
-        return f"ParticleFilter({getattr(self.model, '__name__', self.model)}, num_particles={self.num_particles}{guide})"
+        return (
+            f"ParticleFilter({getattr(self.model, '__name__', self.model)}, num_particles={self.num_particles}{guide})"
+        )
 
     # ---- whole series -------------------------------------------------------------------------------------------
 
@@ -138,17 +141,25 @@ class ParticleFilter:
         """The log evidence alone, ``[*batch]``: pure and differentiable, for use under ``jit``, ``grad`` and ``vmap``."""
         return self._run(rng_key, params or {}, args, kwargs, history=False)[0]
 
-    def read(self, rng_key: Array, params: dict[str, Any], args: Any, kwargs: Any, model: Program | None = None) -> Sequence:
+    def read(
+        self, rng_key: Array, params: dict[str, Any], args: Any, kwargs: Any, model: Program | None = None
+    ) -> Sequence:
         """The program as the particle recursion sees it."""
         return read_sequence(rng_key, model or self.model, self.guide, params, args, kwargs, user="ParticleFilter")
 
-    def _run(self, rng_key: Array, params: Any, args: Any, kwargs: Any, history: bool | None = None) -> tuple[Array, History]:
+    def _run(
+        self, rng_key: Array, params: Any, args: Any, kwargs: Any, history: bool | None = None
+    ) -> tuple[Array, History]:
         history = self.history if history is None else history
         read_key, run_key = random.split(rng_key)
         sequence = self.read(read_key, params, args, kwargs)
 
         def keep(state: ParticleState, move: Move) -> Any:
-            return {"cloud": state.cloud, "values": move.values, "log_weights": state.log_weights - move.log_twist}
+            return {
+                "cloud": state.cloud,
+                "values": move.values,
+                "log_weights": normalise(state.log_weights - move.log_twist)[0],
+            }
 
         model = in_chunks(sequence, self.num_particles, self.batch_size)
         recursion = run(run_key, model, self.num_particles, self.resampling, keep=keep if history else None)
@@ -181,7 +192,9 @@ class ParticleFilter:
             rng_key = random.wrap_key_data(rng_key)
         return self._compiled_init(rng_key, *program)._replace(program=program)
 
-    def update(self, state: FilterState, x: Any = None, *, guide_x: Any = None, data: dict[str, Any] | None = None) -> FilterState:
+    def update(
+        self, state: FilterState, x: Any = None, *, guide_x: Any = None, data: dict[str, Any] | None = None
+    ) -> FilterState:
         """Take in one observation. Memory does not grow with the number of observations.
 
         With the same key, a stream's particles and evidence equal those of :meth:`run` on the whole series.
@@ -212,7 +225,9 @@ class ParticleFilter:
         state, info, _ = initialise(init_key, sequence, self.num_particles)
         values = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(lambda: advance(step_keys(run_key, zero), sequence, None, state, zero, self._first(sequence))[2].values),
+            jax.eval_shape(
+                lambda: advance(step_keys(run_key, zero), sequence, None, state, zero, self._first(sequence))[2].values
+            ),
         )
         return FilterState(rng_key, zero, state, info.increment, info.increment, info.ess, values, None)
 
@@ -227,7 +242,9 @@ class ParticleFilter:
                 f"{jax.tree.map(jnp.shape, x)}. Pass one slice of the model's xs."
             )
         _, step_key = random.split(run_key)
-        particles, info, move = advance(step_keys(step_key, state.t), sequence, self.resampling, state.particles, state.t, inputs)
+        particles, info, move = advance(
+            step_keys(step_key, state.t), sequence, self.resampling, state.particles, state.t, inputs
+        )
         return FilterState(
             state.rng_key,
             state.t + 1,
@@ -287,7 +304,13 @@ def log_evidence(
 
 @lru_cache(maxsize=32)
 def _evidence_filter(
-    model: Program, num_particles: int, guide: Program | None, resampler: Any, resample: Any, ess_threshold: float, batch_size: int | None
+    model: Program,
+    num_particles: int,
+    guide: Program | None,
+    resampler: Any,
+    resample: Any,
+    ess_threshold: float,
+    batch_size: int | None,
 ) -> ParticleFilter:
     # Kept, so that a second call finds its compiled program.
     return ParticleFilter(

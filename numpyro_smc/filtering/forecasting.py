@@ -14,7 +14,14 @@ from numpyro_smc.programs.sequence import Cloud, Sequence, read_sequence
 
 
 def forecast(
-    particle_filter: Any, rng_key: Array, filter_key: Array, program: Any, history: Any, steps: int, num_samples: int, xs: Any
+    particle_filter: Any,
+    rng_key: Array,
+    filter_key: Array,
+    program: Any,
+    history: Any,
+    steps: int,
+    num_samples: int,
+    xs: Any,
 ) -> dict[str, Array]:
     """Simulate ``steps`` further steps from particles drawn by their final weights, observations included."""
     params, args, kwargs = program
@@ -25,9 +32,7 @@ def forecast(
     chosen = draw_final(final_key, history.log_weights, num_samples)
     rank = chosen.ndim - 1
     own = {"model": history.cloud.particles["model"]}
-    cloud = Cloud(
-        jax.tree.map(lambda leaf: take(leaf, chosen, rank), own), {"model": history.cloud.shared["model"]}
-    )
+    cloud = Cloud(jax.tree.map(lambda leaf: take(leaf, chosen, rank), own), {"model": history.cloud.shared["model"]})
     later = _later_inputs(sequence, steps, xs)
 
     def step(cloud: Cloud, timed: tuple[Array, Any]) -> tuple[Cloud, dict[str, Array]]:
@@ -63,7 +68,9 @@ def _later_inputs(sequence: Sequence, steps: int, xs: Any) -> Any:
                 f"forecast: the scan's body uses an input of shape {leaf.shape} for more than observing it (a covariate). Give its future "
                 f"values in xs, with {steps} steps on the leading axis."
             )
-        ahead = leaf[-1] + 1 + jnp.arange(steps, dtype=leaf.dtype) if is_counter else jnp.repeat(leaf[-1:], steps, axis=0)
+        ahead = (
+            leaf[-1] + 1 + jnp.arange(steps, dtype=leaf.dtype) if is_counter else jnp.repeat(leaf[-1:], steps, axis=0)
+        )
         later.append(ahead)
     return jax.tree.unflatten(treedef, later)
 

@@ -52,7 +52,9 @@ class FilterResult:
     - **log_weights** - filtering log weights of mean one, ``[T, N, *batch]``.
     """
 
-    def __init__(self, particle_filter: ParticleFilter, rng_key: Array, program: Any, log_evidence: Array, history: History) -> None:
+    def __init__(
+        self, particle_filter: ParticleFilter, rng_key: Array, program: Any, log_evidence: Array, history: History
+    ) -> None:
         self.filter = particle_filter
         self.rng_key = rng_key
         self.program = program
@@ -93,7 +95,9 @@ class FilterResult:
 
     def __repr__(self) -> str:
         evidence = np.asarray(self.log_evidence)
-        shown = f"{evidence:.4f}" if evidence.ndim == 0 else f"{evidence.sum():.4f} over a batch of shape {evidence.shape}"
+        shown = (
+            f"{evidence:.4f}" if evidence.ndim == 0 else f"{evidence.sum():.4f} over a batch of shape {evidence.shape}"
+        )
         ess = np.asarray(self.ess)
         sites = sorted(self.history.steps["values"]) if self.history.steps is not None else "not kept (history=False)"
         return (
@@ -120,7 +124,9 @@ class FilterResult:
         cumulative = jnp.cumsum(weights, axis=axis)
 
         def one(level: Array) -> Array:
-            below = jnp.sum(cumulative < level * jnp.take(cumulative, jnp.array([-1]), axis=axis), axis=axis, keepdims=True)
+            below = jnp.sum(
+                cumulative < level * jnp.take(cumulative, jnp.array([-1]), axis=axis), axis=axis, keepdims=True
+            )
             index = jnp.minimum(below, values.shape[axis] - 1)
             return jnp.squeeze(jnp.take_along_axis(values, index, axis), axis)
 
@@ -130,7 +136,13 @@ class FilterResult:
     # ---- smoothing, forecasts -----------------------------------------------------------------------------------
 
     def sample_posterior(
-        self, rng_key: Array, num_samples: int = 1000, method: str = "genealogy", *, num_mcmc_steps: int = 2, batch_size: int = 100
+        self,
+        rng_key: Array,
+        num_samples: int = 1000,
+        method: str = "genealogy",
+        *,
+        num_mcmc_steps: int = 2,
+        batch_size: int = 100,
     ) -> dict[str, Array]:
         r"""Draws of whole paths from :math:`p(x_{0:T-1} \mid y_{0:T-1})`.
 
@@ -205,7 +217,9 @@ class FilterResult:
             return
         first = int(broken.argmax()) - 1
         where = "before the first step" if first < 0 else f"at step {first}"
-        sites = ", ".join(f"'{name}'" for name in forecasting.not_finite(self.filter, self.rng_key, self.program, max(first, 0)))
+        sites = ", ".join(
+            f"'{name}'" for name in forecasting.not_finite(self.filter, self.rng_key, self.program, max(first, 0))
+        )
         if sites:
             raise FloatingPointError(
                 f"ParticleFilter: non-finite data at site {sites} {where}. Mask missing values with handlers.mask, or clean the data."
@@ -221,7 +235,9 @@ class FilterResult:
 
     def _need_history(self, what: str) -> None:
         if self.history.steps is None:
-            raise ValueError(f"FilterResult.{what} needs the particles of all steps: run ParticleFilter(..., history=True).")
+            raise ValueError(
+                f"FilterResult.{what} needs the particles of all steps: run ParticleFilter(..., history=True)."
+            )
 
     def _weighted(self, site: str) -> tuple[Array, Array]:
         if site not in self.particles:

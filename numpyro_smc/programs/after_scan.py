@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax, random
+from jax import Array, random
 from numpyro import handlers
 from numpyro.ops.provenance import eval_provenance
 from numpyro.ops.pytree import PytreeTrace
@@ -30,7 +30,7 @@ class AfterScan:
         """Log density of the t-th factor for one particle, of the shape of the enclosing plates."""
         total = jnp.zeros(plates.shape)
         if self.split:
-            sliced = jax.tree.map(lambda x: x[t][None] if _is_series(x, self.length) else x, self.args)
+            sliced = jax.tree.map(lambda x: jnp.asarray(x)[t][None] if _is_series(x, self.length) else x, self.args)
             outputs = jax.tree.map(lambda x: jnp.asarray(x)[None], output)
             after = _run_after(self.program, sliced, outputs, carry, self.length, fixed, t, set(plates.names))
             total = total + sum(log_density(after[name], plates) for name in self.split)
@@ -42,7 +42,9 @@ class AfterScan:
         return total
 
 
-def read_after_scan(program: Callable[[], Any], half: Half, args: Any, kwargs: Any, *, is_guide: bool, user: str) -> AfterScan | None:
+def read_after_scan(
+    program: Callable[[], Any], half: Half, args: Any, kwargs: Any, *, is_guide: bool, user: str
+) -> AfterScan | None:
     """Look at what a program does after its scan.
 
     :raises ValueError: for a second scan, latent sites after the scan, or a likelihood that does not split over time.
@@ -125,7 +127,7 @@ class _SliceTime(Messenger):
                 msg["scale"] = msg["scale"] / self.length ** len(sliced)
             value, shape = msg["value"], msg["fn"].shape()
             if _is_series(value, self.length) and shape[:1] == (1,) and self.length != 1:
-                msg["value"] = value[self.t][None]
+                msg["value"] = jnp.asarray(value)[self.t][None]
 
 
 def _is_series(x: Any, length: int) -> bool:
@@ -140,7 +142,14 @@ def _with_arguments(program: Callable[[], Any]) -> Callable[..., Any]:
 
 
 def _run_after(
-    program: Callable[..., Any], arguments: Any, outputs: Any, carry: Any, length: int, fixed: Any, t: Array | None, keep: set[str]
+    program: Callable[..., Any],
+    arguments: Any,
+    outputs: Any,
+    carry: Any,
+    length: int,
+    fixed: Any,
+    t: Array | None,
+    keep: set[str],
 ) -> Trace:
     passing = _PassScan(outputs, carry)
     rng_key = random.key(0)
@@ -195,7 +204,11 @@ def _check_split(after: AfterScan, half: Half, user: str) -> None:
         with handlers.block(), handlers.trace() as trace, handlers.seed(rng_seed=random.key(1)), watch:
             inner(*args, **kwargs)
         whole = sum(log_density(trace[name], BatchPlates()) for name in after.split)
-        fixed = {n: s["value"] for n, s in trace.items() if n in half.prefix and s["type"] == "sample" and not s["is_observed"]}
+        fixed = {
+            n: s["value"]
+            for n, s in trace.items()
+            if n in half.prefix and s["type"] == "sample" and not s["is_observed"]
+        }
         sliced = AfterScan(lambda a, k: inner(*a, **k), (args, kwargs), after.length, after.split, [])
         factors = jax.vmap(lambda t, output: sliced.log_density(t, output, watch.carry, fixed, BatchPlates()))(
             jnp.arange(after.length), watch.outputs

@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
 from jax.custom_batching import custom_vmap
-from numpyro.distributions import Distribution, ExpandedDistribution, Independent, MaskedDistribution
-from numpyro.distributions import TransformedDistribution
+from numpyro.distributions import (
+    Distribution,
+    ExpandedDistribution,
+    Independent,
+    MaskedDistribution,
+    TransformedDistribution,
+)
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.primitives import Messenger
 
@@ -51,9 +56,7 @@ def _draw_plain(rng_key: Array, fn: Distribution, index: Array, sample_shape: tu
     return draw_one(rng_key, fn, index)
 
 
-def draw(
-    rng_key: Array, fn: Distribution, index: Array, sample_shape: tuple[int, ...] = ()
-) -> tuple[Array, list[Any]]:
+def draw(rng_key: Array, fn: Distribution, index: Array, sample_shape: tuple[int, ...] = ()) -> tuple[Array, list[Any]]:
     """One draw of ``fn`` for the particle ``index``, as a single draw for the whole cloud when vmapped over ``index``.
 
     :param rng_key: key of this site and step, shared by all particles.
@@ -65,7 +68,9 @@ def draw(
     if isinstance(fn, MaskedDistribution | Independent):
         return draw(rng_key, fn.base_dist, index, sample_shape)
     if isinstance(fn, ExpandedDistribution):
-        value, intermediates = fn._sample(lambda key, shape: draw(key, fn.base_dist, index, shape), rng_key, sample_shape)
+        value, intermediates = fn._sample(
+            lambda key, shape: draw(key, fn.base_dist, index, shape), rng_key, sample_shape
+        )
         return value, intermediates
     if isinstance(fn, TransformedDistribution) and type(fn).sample is TransformedDistribution.sample:
         value, _ = draw(rng_key, fn.base_dist, index, sample_shape)

@@ -25,8 +25,9 @@ class Half:
     - **step_sites** - messages of one step (shapes, plates and flags are meaningful, values are not).
     - **carry_dtypes**, **carry_tree** - the carry's types after promotion, its structure.
     - **moving** - for each carry leaf, whether it differs between particles.
-    - **global_latents** - latent sites before the scan that reach the steps other than through the carry.
-    - **particle_latents** - the other latent sites before the scan.
+    - **latents** - names of the latent sites before the scan. **reach** - those that reach the steps other than through the
+      carry. **uses** - for each sample site before the scan, the latents its density depends on.
+    - **particle_latents** - latents that belong to each particle, once :meth:`settle` has been told the global ones.
     - **masks_are_fixed** - whether no observation mask depends on a particle.
     """
 
@@ -37,9 +38,28 @@ class Half:
     carry_tree: Any = None
     carry_dtypes: list[Any] = field(default_factory=list)
     moving: list[bool] = field(default_factory=list)
-    global_latents: frozenset[str] = frozenset()
+    latents: frozenset[str] = frozenset()
+    reach: frozenset[str] = frozenset()
+    uses: dict[str, frozenset[str]] = field(default_factory=dict)
     particle_latents: frozenset[str] = frozenset()
     masks_are_fixed: bool = True
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def settle(self, global_latents: set[str]) -> None:
+        """Given the latents drawn once for all particles, find what differs between particles."""
+        self.particle_latents = self.latents - global_latents
+        own = self.particle_latents | {_INDEX}
+        moving = [bool(uses & own) for uses in self.provenance["init"]]
+        while True:
+            moved = {f"carry {i}" for i, moves in enumerate(moving) if moves} | own
+            updated = [
+                moves or bool(uses & moved) for moves, uses in zip(moving, self.provenance["carry"], strict=True)
+            ]
+            if updated == moving:
+                break
+            moving = updated
+        self.moving = moving
+        self.masks_are_fixed = not (_union(self.provenance["masks"]) & moved)
 
     def carry_leaves(self, carry: Any) -> list[Array]:
         """The leaves of a carry, in their promoted types."""
@@ -103,33 +123,36 @@ def read_half(program: Callable[[], Any], prefix: Trace, scan: Scan) -> Half:
     carried = {f"carry {i}": leaf for i, leaf in enumerate(leaves)}
     found = eval_provenance(dependencies, **{_INDEX: jnp.asarray(0)}, **latents, **carried)
     reach = _union(found["step"]) | _union(found["carry"])
-    global_latents = {name for name in latents if name in reach or flags[name] is False}
+    half.latents = frozenset(latents)
+    half.reach = frozenset(name for name in latents if name in reach or flags[name] is False)
+    half.uses = {name: uses & half.latents for name, uses in found["prefix"].items()}
+    half.provenance = found
     for name, flag in flags.items():
         if flag and name in reach:
             raise ValueError(
                 f"Site '{name}' is marked infer={{'particle': True}} but the scan's step uses it directly. Pass it to the "
                 f"step through the initial carry, or drop the mark to draw it once for all particles."
             )
-    # An auxiliary site follows the sites that are built from it.
-    for name in reversed(list(latents)):
-        if latents[name] is not None and prefix[name]["infer"].get("is_auxiliary") and name not in reach:
-            users = [user for user, uses in found["prefix"].items() if name in uses and user != name]
-            if users and all(user in global_latents for user in users):
-                global_latents.add(name)
-    half.global_latents = frozenset(global_latents)
-    half.particle_latents = frozenset(latents) - half.global_latents
-
-    own = half.particle_latents | {_INDEX}
-    moving = [bool(uses & own) for uses in found["init"]]
-    while True:
-        moved = {f"carry {i}" for i, moves in enumerate(moving) if moves} | {_INDEX}
-        updated = [moves or bool(uses & moved) for moves, uses in zip(moving, found["carry"], strict=True)]
-        if updated == moving:
-            break
-        moving = updated
-    half.moving = moving
-    half.masks_are_fixed = not (_union(found["masks"]) & moved)
     return half
+
+
+def global_latents(halves: list[Half]) -> set[str]:
+    """Latents before the scan that must be drawn once for all particles.
+
+    Those that reach the steps other than through the carry, and those that the density of a global latent depends on.
+    """
+    found = {name for half in halves for name in half.reach}
+    while True:
+        parents = {
+            name
+            for half in halves
+            for site in found
+            if site in half.latents
+            for name in half.uses.get(site, frozenset())
+        }
+        if parents <= found:
+            return found
+        found |= parents
 
 
 class Overwrite(Fixed):

@@ -1,7 +1,5 @@
 """Guides that propose a whole path as one factorised site: the t-th factor is the proposal at step t."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array, random

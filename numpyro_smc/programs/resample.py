@@ -48,9 +48,13 @@ def schedule(resample: str | Decision, ess_threshold: float) -> Decision | None:
         return lambda log_weights, t: jnp.asarray(True)
     if resample == "ess":
         if not 0.0 < ess_threshold <= 1.0:
-            raise ValueError(f"ess_threshold must lie in (0, 1], got {ess_threshold}. It is a fraction of num_particles.")
+            raise ValueError(
+                f"ess_threshold must lie in (0, 1], got {ess_threshold}. It is a fraction of num_particles."
+            )
         return lambda log_weights, t: normalise(log_weights)[2] <= ess_threshold * log_weights.shape[0]
-    raise ValueError(f"Unknown resample={resample!r}. Use 'ess', 'always', 'never', or a function (log_weights, t) -> bool.")
+    raise ValueError(
+        f"Unknown resample={resample!r}. Use 'ess', 'always', 'never', or a function (log_weights, t) -> bool."
+    )
 
 
 def build(

@@ -127,7 +127,9 @@ def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger]) -> Scan:
         raise ValueError("The scan has length 0: there is no series to filter. Give at least one step.")
     for leaf in jax.tree.leaves(xs):
         if jnp.shape(leaf)[:1] != (length,):
-            raise ValueError(f"An input of the scan has shape {jnp.shape(leaf)}; its leading axis must be length {length}.")
+            raise ValueError(
+                f"An input of the scan has shape {jnp.shape(leaf)}; its leading axis must be length {length}."
+            )
     wrappers = []
     for handler in reversed(enclosing):
         if isinstance(handler, handlers.mask):
@@ -136,7 +138,9 @@ def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger]) -> Scan:
             wrappers.append(lambda f, t, h=handler: handlers.scale(f, scale=_at_step(h.scale, t, length)))
         elif isinstance(handler, handlers.uncondition):
             wrappers.append(lambda f, t: handlers.uncondition(f))
-        elif not isinstance(handler, _PASSIVE_HANDLERS + _STACKED_HANDLERS) and type(handler).__module__.startswith("numpyro."):
+        elif not isinstance(handler, _PASSIVE_HANDLERS + _STACKED_HANDLERS) and type(handler).__module__.startswith(
+            "numpyro."
+        ):
             raise NotImplementedError(
                 f"handlers.{type(handler).__name__} encloses the scan. Apply it inside the step function: "
                 f"scan({type(handler).__name__}(step, ...), init, xs)."
@@ -192,7 +196,9 @@ class Fixed(Messenger):
     :param source: who proposes the values, for error messages.
     """
 
-    def __init__(self, values: dict[str, Array], plates: dict[str, Array] | None = None, source: str = "the guide") -> None:
+    def __init__(
+        self, values: dict[str, Array], plates: dict[str, Array] | None = None, source: str = "the guide"
+    ) -> None:
         super().__init__(None)
         self.values, self.plates, self.source = values, plates or {}, source
 

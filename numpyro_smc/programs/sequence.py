@@ -21,7 +21,7 @@ from numpyro_smc.programs import path_guide
 from numpyro_smc.programs.after_scan import AfterScan, read_after_scan
 from numpyro_smc.programs.bootstrap import Bootstrap
 from numpyro_smc.programs.draws import CloudDraws
-from numpyro_smc.programs.halves import Half, read_half
+from numpyro_smc.programs.halves import Half, global_latents, read_half
 from numpyro_smc.programs.scans import Fixed, Trace, run_prefix, run_step
 from numpyro_smc.programs.sites import (
     BatchPlates,
@@ -67,12 +67,21 @@ class Move(NamedTuple):
 class Sequence:
     """A model with one scan, in lockstep with an optional guide. Use :func:`read_sequence` to make one."""
 
-    def __init__(self, user: str, model: Half, guide: Half | None, path: dict[str, Any], latents_of_guide: Trace) -> None:
+    def __init__(
+        self,
+        user: str,
+        model: Half,
+        guide: Half | None,
+        path: Trace,
+        guide_program: Callable[[], Any] | None,
+        guide_prefix: Trace,
+    ) -> None:
         self.user = user
         self.model = model
         self.guide = guide
         self.path = path
-        self.guide_prefix = latents_of_guide
+        self.guide_program = guide_program
+        self.guide_prefix = guide_prefix
         self.length = model.scan.length
         self.after: AfterScan | None = None
         self.log_global_weight = jnp.asarray(0.0)
@@ -98,7 +107,7 @@ class Sequence:
 
     @property
     def proposes(self) -> bool:
-        return self.guide is not None or bool(self.path)
+        return self.guide_program is not None
 
     def discrete_sites(self) -> list[str]:
         """Drawn sites of the steps and the initial part that have no reparameterised sampler."""
@@ -181,7 +190,9 @@ class Sequence:
         """Names of the latent sites of a step."""
         return [name for name, site in self.model.step_sites.items() if is_latent(site)]
 
-    def replay_step(self, t: Array, x: Any, particles: Any, shared: Any, values: dict[str, Array]) -> tuple[Any, Any, Trace]:
+    def replay_step(
+        self, t: Array, x: Any, particles: Any, shared: Any, values: dict[str, Array]
+    ) -> tuple[Any, Any, Trace]:
         """One particle's model step with its latents given: the moving part of the new carry, the output, the trace."""
         plates = plate_indices(self.model.prefix)
         carry = self.model.merge(particles["model"], shared["model"])
@@ -192,7 +203,9 @@ class Sequence:
     def transition_density(self, t: Array, x: Any, particles: Any, shared: Any, values: dict[str, Array]) -> Array:
         """Log density of a step's latents and observations given one particle of the step before, ``[*batch]``."""
         _, (output, carry), trace = self.replay_step(t, x, particles, shared, values)
-        total = sum((self._log_density(s) for s in trace.values() if s["type"] == "sample"), jnp.zeros(self.batch_shape))
+        total = sum(
+            (self._log_density(s) for s in trace.values() if s["type"] == "sample"), jnp.zeros(self.batch_shape)
+        )
         if self.after is not None:
             total = total + self.after.log_density(t, output, carry, self.global_values, self.plates)
         return total
@@ -206,7 +219,7 @@ class Sequence:
 
     def observed_values(self, t: int) -> dict[str, Array]:
         """Unmasked observed values of step ``t`` (for one particle's carry), masked ones replaced by zero."""
-        zero, step = jnp.asarray(0), jnp.asarray(t)
+        step = jnp.asarray(t)
         carry = jax.tree.unflatten(self.model.carry_tree, self.model.carry_leaves(self.model.scan.init))
         x = jax.tree.map(lambda leaf: leaf[t], self.model.scan.inputs())
         _, _, trace = run_step(self.model.scan, step, carry, x, CloudDraws(random.key(0)))
@@ -221,12 +234,15 @@ class Sequence:
         guide_trace: Trace = {}
         state: dict[str, Any] = {}
         shared: dict[str, Any] = {}
-        if self.guide is not None:
+        if self.guide_program is not None:
+            plates = plate_indices(self.guide_prefix)
             guide_trace, scan = run_prefix(
-                self.guide.program, CloudDraws(guide_key, index), Fixed(self.global_values, plate_indices(self.guide_prefix))
+                self.guide_program, CloudDraws(guide_key, index), Fixed(self.global_values, plates)
             )
-            assert scan is not None
-            state["guide"], shared["guide"] = self.guide.split(scan.init)
+            guide_trace = {name: site for name, site in guide_trace.items() if name not in self.path}
+            if self.guide is not None:
+                assert scan is not None
+                state["guide"], shared["guide"] = self.guide.split(scan.init)
         proposed |= {name: site["value"] for name, site in guide_trace.items() if is_latent(site)}
         model_trace, scan = run_prefix(
             self.model.program, CloudDraws(model_key, index), Fixed(proposed, plate_indices(self.model.prefix))
@@ -234,7 +250,7 @@ class Sequence:
         assert scan is not None
         state["model"], shared["model"] = self.model.split(scan.init)
         values = {}
-        if self.guide is not None or self.path:
+        if self.proposes:
             self._check_all_proposed(model_trace, self.model.particle_latents)
         for name, site in model_trace.items():
             if name in self.global_values or site["type"] not in ("sample", "deterministic"):
@@ -290,7 +306,9 @@ class Sequence:
         if self.proposes:
             self._check_all_proposed(model_trace, frozenset(model_trace))
         for name, site in model_trace.items():
-            if site["type"] == "deterministic" or (site["type"] == "sample" and (not site["is_observed"] or "given_until" in site)):
+            if site["type"] == "deterministic" or (
+                site["type"] == "sample" and (not site["is_observed"] or "given_until" in site)
+            ):
                 values[name] = site["value"]
             if site["type"] == "sample":
                 increment, score = self._log_weight_of(site, guide_trace.get(name))
@@ -319,7 +337,9 @@ class Sequence:
             return self._differentiable(nothing, log_q, site["fn"], log_p=log_q)
         return nothing, nothing
 
-    def _differentiable(self, increment: Array, log_q: Array, fn: Any, log_p: Array | None = None) -> tuple[Array, Array]:
+    def _differentiable(
+        self, increment: Array, log_q: Array, fn: Any, log_p: Array | None = None
+    ) -> tuple[Array, Array]:
         if fn.has_rsample or self.gradient_of_draws == "ignore":
             return increment, jnp.zeros(self.batch_shape)
         if self.gradient_of_draws == "score":
@@ -379,7 +399,9 @@ class Sequence:
             )
             sites = [site for site in trace.values() if is_observed(site)]
             seen = [jnp.broadcast_to(observed_elements(site, self.plates), self.batch_shape) for site in sites]
-            return self.model.split(carry)[1], jnp.any(jnp.stack(seen), axis=0) if seen else jnp.zeros(self.batch_shape, bool)
+            return self.model.split(carry)[1], jnp.any(jnp.stack(seen), axis=0) if seen else jnp.zeros(
+                self.batch_shape, bool
+            )
 
         return lax.scan(observe, still, (jnp.arange(self.length), self.model.scan.inputs()))[1]
 
@@ -407,10 +429,10 @@ def read_sequence(
     if isinstance(guide, Bootstrap):
         guide, given_globals = None, False
     guide_key, model_key = random.split(rng_key)
-    zero = jnp.asarray(0)
     bound_model = handlers.substitute(partial(model, *args, **kwargs), data=params)
+    params = jax.tree.map(jnp.asarray, params)
     guide_trace: Trace = {}
-    guide_half, path = None, {}
+    guide_half, path, bound_guide = None, {}, None
     if guide is not None:
         bound_guide = handlers.substitute(partial(guide, *args, **kwargs), data=params)
         guide_trace, guide_scan = run_prefix(bound_guide, CloudDraws(guide_key))
@@ -429,8 +451,10 @@ def read_sequence(
         path = path_guide.read_path(guide_trace, model_half.step_sites, scan.length, user)
         guide_trace = {name: site for name, site in guide_trace.items() if name not in path}
     if guide_half is not None and guide_half.scan.length != scan.length:
-        raise ValueError(f"{user}: the guide's scan has {guide_half.scan.length} steps, the model's has {scan.length}. Make them equal.")
-    sequence = Sequence(user, model_half, guide_half, path, guide_trace)
+        raise ValueError(
+            f"{user}: the guide's scan has {guide_half.scan.length} steps, the model's has {scan.length}. Make them equal."
+        )
+    sequence = Sequence(user, model_half, guide_half, path, bound_guide, guide_trace)
     _read_globals(sequence, guide is not None, given_globals)
     _read_plates(sequence)
     sequence.after = read_after_scan(bound_model, model_half, args, kwargs, is_guide=False, user=user)
@@ -447,11 +471,12 @@ def _read_globals(sequence: Sequence, has_guide: bool, given_globals: bool) -> N
                 f"{user}: the guide samples site '{name}' before its scan, which the model does not. Remove it, or mark it "
                 f"infer={{'is_auxiliary': True}}."
             )
-    names = set(model.global_latents)
-    if guide is not None:
-        names |= guide.global_latents
-        model.particle_latents -= names
-    elif sequence.path:
+    halves = [model] + ([guide] if guide is not None else [])
+    names = global_latents(halves)
+    for half in halves:
+        half.settle(names)
+    if sequence.path:
+        # A path guide has no scan whose steps could use its latents; what is not an initial state of the model is global.
         names |= {n for n, site in sequence.guide_prefix.items() if is_latent(site) and n not in model.particle_latents}
     for name in names:
         in_guide = name in sequence.guide_prefix

@@ -5,7 +5,9 @@ from typing import Any
 import numpy as np
 
 
-def inference_data(draws: dict[str, Any], stats: dict[str, Any] | None = None, attributes: dict[str, Any] | None = None) -> Any:
+def inference_data(
+    draws: dict[str, Any], stats: dict[str, Any] | None = None, attributes: dict[str, Any] | None = None
+) -> Any:
     """One chain of draws with per-step statistics.
 
     :param draws: by site, ``[num_samples, ...]``.
