@@ -1,21 +1,21 @@
-"""How fast the particle filter of a NumPyro program is, beside a filter written by hand in JAX and beside other packages.
+"""How fast the particle filter of a NumPyro program is, beside a filter written by hand in JAX and other packages.
 
-Bootstrap filter, systematic resampling when ESS < N/2, log evidence only. A linear-Gaussian AR(1) program and a stochastic
-volatility program at two numbers of particles; a plate of series; the gradient of the FIVO bound in one parameter; peak
-memory with many particles. Run as a program, on the CPU: CPU time of all threads, single-threaded XLA, one pinned core. On an
-accelerator: wall time. The minimum over repeats in interleaved rounds counts. Columns:
+Bootstrap filter, systematic resampling when ESS < N/2, log evidence only: a linear-Gaussian AR(1) program and a
+stochastic volatility program; a plate of series; the gradient of the FIVO bound in one parameter; peak memory with many
+particles. On a CPU: CPU time of all threads, single-threaded XLA, one pinned core. On an accelerator: wall time. The
+minimum over repeats in interleaved rounds counts. Columns:
 
   ratio         time over that of the fastest hand-written filter of the cell
-  over value    time of the gradient over that of the value
-  M/s           million particle-steps (times series) per second
+  over value    time of the gradient (with its value) over that of the value alone
+  M/s           million particle-steps per second, of all series
   compile s     first call (tracing, compilation, run) less one run
-  recompiled    XLA compilations in the second call, with another key; must be 0
-  error (nat)   log evidence of one key less the exact one
+  recompiled    XLA compilations in a second call with another key; must be 0
+  error (nat)   log evidence at one key less the exact one
 
-Packages that are not installed, and cells that fail, keep a row. A package that cannot live beside numpyro_smc (particles needs
-NumPy 1) is measured from its own environment, on the same machine, and merged:
+Packages that are not installed, and cells that fail, keep a row. A package that cannot live beside numpyro_smc is
+measured from its own environment, on the same machine and with the same settings, and merged:
 
-  /path/to/other/python -m benchmarks.filter_speed --peers-only particles --output results/filter_speed
+  OTHER/bin/python -m benchmarks.filter_speed --peers-only particles
   python -m benchmarks.filter_speed --merge results/filter_speed/particles.json
 """
 
@@ -44,24 +44,26 @@ if __name__ == "__main__":  # before jax reads it
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     ).strip()
 
-try:
+# An environment for --peers-only may have none of these.
+alone = any(argument.startswith("--peers-only") for argument in sys.argv)
+optional = contextlib.suppress(ModuleNotFoundError) if alone else contextlib.nullcontext()
+with optional:
     import jax
     import jax.numpy as jnp
-    import numpyro
-    import numpyro.distributions as dist
     from jax import Array, lax, random
     from jax.scipy.special import logsumexp
+with optional:
+    import numpyro
+    import numpyro.distributions as dist
     from numpyro import handlers
     from numpyro.contrib.control_flow import scan
 
     from benchmarks import report
     from models import linear_gaussian
     from numpyro_smc import FIVO, ParticleFilter, bootstrap
-except ModuleNotFoundError:
-    if not any(argument.startswith("--peers-only") for argument in sys.argv):
-        raise
 
-LINEAR_GAUSSIAN, VOLATILITY, PLATE, GRADIENT, MEMORY = CASES = ("linear-gaussian", "volatility", "plate", "gradient", "memory")
+CASES = ("linear-gaussian", "volatility", "plate", "gradient", "memory")
+LINEAR_GAUSSIAN, VOLATILITY, PLATE, GRADIENT, MEMORY = CASES
 BOUND = "bound"  # the value, beside its gradient
 NAME = "filter_speed"
 OURS, HAND_WRITTEN = "numpyro_smc", "hand-written"
@@ -83,14 +85,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--memory-particles", type=int, default=1_000_000)
     parser.add_argument("--skip-memory", action="store_true", help="the same as leaving memory out of --cases")
     parser.add_argument("--rounds", type=int, default=4, help="interleaved over the libraries of a cell")
-    parser.add_argument("--repeats", type=int, default=8, help=f"per round, but no more than {SECONDS_PER_CELL:g} s of them")
+    parser.add_argument("--repeats", type=int, default=8, help=f"per round, up to {SECONDS_PER_CELL:g} s of them")
     parser.add_argument("--quick", action="store_true", help="small shapes, one round: does it work?")
-    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="other packages; none: no other packages")
-    parser.add_argument("--peers-only", choices=PEERS, metavar="NAME", help="measure this package alone; numpyro_smc is not needed")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="other packages; may be empty")
+    parser.add_argument("--peers-only", choices=PEERS, help="measure this package alone; numpyro_smc is not needed")
     parser.add_argument("--merge", nargs="+", default=[], metavar="FILE", help="what --peers-only wrote")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default=f"results/{NAME}", help="folder of results")
-    parser.add_argument("--peak-memory", action="store_true", help=argparse.SUPPRESS)  # the subprocess of the memory case
+    parser.add_argument("--peak-memory", action="store_true", help=argparse.SUPPRESS)  # the memory case's subprocess
     options = parser.parse_args(argv)
     if options.quick:
         options.num_particles, options.num_steps, options.plate = [1000], 50, [4, 256, 20]
@@ -130,19 +132,13 @@ class Model(NamedTuple):
         return math.hypot(self.coefficient * self.initial_scale, self.transition_scale)
 
 
-AR1 = Model(0.9, 0.5, 1.0, lambda x, exp: (x, 0.5))
+EMISSION_SCALE = 0.5
+AR1 = Model(0.9, 0.5, 1.0, lambda x, exp: (x, EMISSION_SCALE))
 LOG_VARIANCE = Model(0.95, 0.3, 1.0, lambda x, exp: (0.0, exp(x / 2)))
 
 
 def linear_gaussian_program(y: Array, coefficient: Any = AR1.coefficient) -> None:
-    """``y`` is ``[T]``, or ``[T, S]`` under a plate of series."""
-    linear_gaussian.ar1_model(
-        y,
-        coefficient=coefficient,
-        transition_scale=AR1.transition_scale,
-        emission_scale=AR1.emission(0.0, np.exp)[1],
-        initial_scale=AR1.initial_scale,
-    )
+    linear_gaussian.ar1_model(y, None, coefficient, AR1.transition_scale, EMISSION_SCALE, AR1.initial_scale)
 
 
 def linear_gaussian_program_to_train(y: Array) -> None:
@@ -150,8 +146,18 @@ def linear_gaussian_program_to_train(y: Array) -> None:
 
 
 def plate_program(y: Array) -> None:
-    with numpyro.plate("series", y.shape[0]):
-        linear_gaussian_program(y.T)
+    """``y`` is ``[S, T]``."""
+    series = numpyro.plate("series", len(y))
+
+    def step(x: Array, y_t: Array) -> tuple[Array, None]:
+        with series:
+            x = numpyro.sample("x", dist.Normal(AR1.coefficient * x, AR1.transition_scale))
+            numpyro.sample("y", dist.Normal(x, EMISSION_SCALE), obs=y_t)
+        return x, None
+
+    with series:
+        x_0 = numpyro.sample("x_0", dist.Normal(0.0, AR1.initial_scale))
+    scan(step, x_0, y.T)
 
 
 def volatility_program(y: Array) -> None:
@@ -177,7 +183,7 @@ def simulate(model: Model, num_series: int, num_steps: int, seed: int) -> np.nda
 
 def kalman_log_evidence(y: np.ndarray) -> float:
     """Exact log evidence of the linear-Gaussian program, summed over series."""
-    parameters = linear_gaussian.ar1_parameters(AR1.coefficient, AR1.transition_scale, AR1.emission(0.0, np.exp)[1], AR1.initial_scale)
+    parameters = linear_gaussian.ar1_parameters(*AR1[:2], EMISSION_SCALE, AR1.initial_scale)
     return float(jax.vmap(partial(linear_gaussian.log_evidence, parameters))(jnp.asarray(y)[..., None]).sum())
 
 
@@ -289,9 +295,8 @@ def runs(problem: Problem) -> dict[str, Run]:
     program = {LINEAR_GAUSSIAN: linear_gaussian_program, VOLATILITY: volatility_program, PLATE: plate_program}[case]
     ours = jax.jit(ParticleFilter(program, num_particles, history=False).log_evidence)
     if case == PLATE:
-        mapped = jax.jit(
-            lambda key, y: jax.vmap(partial(hand_written, model, num_particles))(random.split(key, len(y)), y),
-        )
+        one = partial(hand_written, model, num_particles)
+        mapped = jax.jit(lambda key, y: jax.vmap(one)(random.split(key, len(y)), y))
         batched = jax.jit(partial(hand_written_batch, model, num_particles))
         return {
             f"{HAND_WRITTEN}, vmap": lambda attempt: mapped(keys[attempt], data),
@@ -305,12 +310,12 @@ def runs(problem: Problem) -> dict[str, Run]:
     }
     if case == LINEAR_GAUSSIAN:
         with_history = ParticleFilter(program, num_particles)
-        named[f"{OURS}, as its README"] = lambda attempt: with_history.run(keys[attempt], data).log_evidence
+        named[f"{OURS}, as documented"] = lambda attempt: with_history.run(keys[attempt], data).log_evidence
     return named
 
 
 def runs_of_bound(problem: Problem) -> dict[str, Run]:
-    """The bound, or the bound and its gradient in the AR coefficient; the hand-written filter is differentiated likewise."""
+    """The bound, or the bound and its gradient in the AR coefficient; and those of the hand-written filter."""
     data, keys = jnp.asarray(problem.y[0]), problem.key_pair
     params = {"coefficient": jnp.asarray(AR1.coefficient)}
     loss = FIVO(problem.num_particles, resampler="systematic")
@@ -332,8 +337,21 @@ def runs_of_bound(problem: Problem) -> dict[str, Run]:
     return {HAND_WRITTEN: run(by_hand), OURS: run(bound)}
 
 
-# Other packages. Each is a function of a problem that gives its filters by the name of their row; none for a case that the
-# package has no notion of.
+# Other packages: functions from a problem to the package's filters, by the name of their row
+
+
+def peer_runs(name: str, problem: Problem) -> dict[str, Run]:
+    """A package's filters; one that raises, if they cannot be built."""
+    if problem.case in (BOUND, GRADIENT):
+        return {}
+    try:
+        return PEERS[name](problem)
+    except Exception as error:
+        return {name: partial(fail, error)}
+
+
+def fail(error: Exception, attempt: int) -> None:
+    raise error
 
 
 def cuthbert_runs(problem: Problem) -> dict[str, Run]:
@@ -342,7 +360,6 @@ def cuthbert_runs(problem: Problem) -> dict[str, Run]:
     from cuthbertlib.resampling import ess_decorator, systematic
 
     case, model, y, num_particles, _ = problem
-    keys = problem.key_pair
 
     def log_evidence(key: Array, y: Array) -> Array:
         bootstrap_filter = particle_filter.build_filter(
@@ -356,7 +373,7 @@ def cuthbert_runs(problem: Problem) -> dict[str, Run]:
         states = cuthbert.filter(bootstrap_filter, y, bootstrap_filter.init_prepare(key=initial_key), key=filter_key)
         return states.log_normalizing_constant[-1]
 
-    return jitted_and_as_published("cuthbert", case, log_evidence, log_evidence, keys, y)
+    return jitted_and_plain("cuthbert", case, log_evidence, log_evidence, problem.key_pair, y)
 
 
 def smcx_runs(problem: Problem) -> dict[str, Run]:
@@ -364,7 +381,7 @@ def smcx_runs(problem: Problem) -> dict[str, Run]:
 
     case, model, y, num_particles, _ = problem
 
-    def log_evidence(key: Array, y: Array, store_history: bool = False) -> Array:
+    def log_evidence(key: Array, y: Array, store_history: bool = True) -> Array:
         return smcx.bootstrap_filter(
             key,
             lambda key, num_particles: model.first_scale() * random.normal(key, (num_particles, 1)),
@@ -376,21 +393,26 @@ def smcx_runs(problem: Problem) -> dict[str, Run]:
             store_history=store_history,
         ).marginal_loglik
 
-    return jitted_and_as_published("smcx", case, log_evidence, partial(log_evidence, store_history=True), problem.key_pair, y)
+    return jitted_and_plain("smcx", case, partial(log_evidence, store_history=False), log_evidence, problem.key_pair, y)
 
 
-def jitted_and_as_published(
-    name: str, case: str, log_evidence: Callable[..., Any], published: Callable[..., Any], keys: Array, y: np.ndarray
+def jitted_and_plain(
+    name: str,
+    case: str,
+    log_evidence: Callable[[Array, Array], Any],
+    plain: Callable[[Array, Array], Any],
+    keys: Array,
+    y: np.ndarray,
 ) -> dict[str, Run]:
-    """A package of functions: inside the user's own jit, or vmap and jit; and called plainly, as its documentation does."""
+    """A package of functions: inside the user's own jit (and vmap); and called plainly, as its documentation does."""
     if case == PLATE:
         mapped, series = jax.jit(jax.vmap(log_evidence)), jnp.asarray(y)
-        key_table = jax.vmap(lambda key: random.split(key, len(y)))(keys)
-        return {f"{name}, vmap": lambda attempt: mapped(key_table[attempt], series)}
+        series_keys = [random.split(key, len(y)) for key in keys]
+        return {f"{name}, vmap": lambda attempt: mapped(series_keys[attempt], series)}
     jitted, data = jax.jit(log_evidence), jnp.asarray(y[0])
     named: dict[str, Run] = {name: lambda attempt: jitted(keys[attempt], data)}
     if case == LINEAR_GAUSSIAN:
-        named[f"{name}, as its documentation"] = lambda attempt: published(keys[attempt], data)
+        named[f"{name}, as documented"] = lambda attempt: plain(keys[attempt], data)
     return named
 
 
@@ -403,10 +425,13 @@ def dynestyx_runs(problem: Problem) -> dict[str, Run]:
         return {}
     data, keys = jnp.asarray(y[0]), problem.key_pair
 
+    def transition(x: Array) -> dist.Distribution:
+        return dist.Normal(model.coefficient * x, model.transition_scale).to_event(1)
+
     def program(y: Array) -> None:
         dynamics = dynestyx.DynamicalModel(
             initial_condition=dist.Normal(jnp.zeros(1), model.first_scale()).to_event(1),
-            state_evolution=lambda x, u, t_now, t_next: dist.Normal(model.coefficient * x, model.transition_scale).to_event(1),
+            state_evolution=lambda x, u, t_now, t_next: transition(x),
             observation_model=lambda x, u, t: dist.Normal(*model.emission(x, jnp.exp)).to_event(1),
         )
         dynestyx.sample("f", dynamics, obs_times=jnp.arange(len(y), dtype=y.dtype), obs_values=y[:, None])
@@ -513,7 +538,8 @@ def measure(problem: Problem, libraries: dict[str, Run], rounds: int, repeats: i
             first[library], row["log evidence"] = seconds(run, 0)
             with counted_compilations() as compiled:
                 best[library], _ = seconds(run, 1)
-            row["recompiled"] = len(compiled)
+            if has_jax():
+                row["recompiled"] = len(compiled)
         except Exception as error:
             row["error"] = describe(error)
     for _ in range(rounds):
@@ -542,30 +568,15 @@ def describe(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def measure_peer(name: str, problem: Problem, options: argparse.Namespace) -> dict[str, Run] | list[dict[str, Any]]:
-    """A package's filters of a problem; or the row of its failure."""
-    if problem.case in (BOUND, GRADIENT):
-        return {}
-    try:
-        return PEERS[name](problem)
-    except Exception as error:
-        return [new_row(problem, name) | {"error": describe(error)}]
-
-
 def measure_all(options: argparse.Namespace, installed: Sequence[str]) -> Iterator[list[dict[str, Any]]]:
     """Rows, cell by cell."""
     for problem in problems(options):
         if not chosen(problem, options):
             continue
         libraries = {} if options.peers_only else runs(problem)
-        failed = []
         for name in installed:
-            peer = measure_peer(name, problem, options)
-            if isinstance(peer, dict):
-                libraries |= peer
-            else:
-                failed += peer
-        yield measure(problem, libraries, options.rounds, options.repeats) + failed
+            libraries |= peer_runs(name, problem)
+        yield measure(problem, libraries, options.rounds, options.repeats)
 
 
 def compare(rows: list[dict[str, Any]], exact: dict[Any, float]) -> None:
@@ -612,7 +623,8 @@ def print_peak_memory(options: argparse.Namespace) -> None:
     """What the subprocess does: run the filter once, and say how large the process was before and at most."""
     y = simulate(AR1, 1, options.num_steps, options.seed)
     problem = Problem(MEMORY, AR1, y, options.memory_particles, options.seed)
-    log_evidence = jax.jit(ParticleFilter(linear_gaussian_program, options.memory_particles, history=False).log_evidence)
+    particle_filter = ParticleFilter(linear_gaussian_program, options.memory_particles, history=False)
+    log_evidence = jax.jit(particle_filter.log_evidence)
     keys, data = problem.key_pair, jnp.asarray(y[0])
     before = peak_rss()
     start = clock()
@@ -649,7 +661,8 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     clock_name = "CPU time of all threads" if on_cpu() else "wall time"
     settings = {"clock": clock_name, "usable cores": usable, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
-    settings |= {"resampling": "systematic, ESS < N/2", "load": tuple(round(load, 1) for load in os.getloadavg())}
+    settings |= {"load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown"}
+    settings |= {"resampling": "systematic, ESS < N/2"}
     return settings | {name: value for name, value in vars(options).items() if name != "peak_memory"}
 
 
@@ -702,11 +715,14 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     report.write(options.output, NAME, rows, settings)
 
     print()
-    columns = ["case", "library", "version", "N", "T", "series", time_column(), "ratio", "over value", "M/s", "compile s"]
-    columns += ["recompiled", "log evidence", "error (nat)", "error"]
+    columns = ["case", "library", "version", "N", "T", "series", time_column(), "ratio", "over value", "M/s"]
+    columns += ["compile s", "recompiled", "log evidence", "error (nat)"]
     report.print_table([row for row in rows if row["case"] != MEMORY], columns)
     print()
     report.print_table([row for row in rows if row["case"] == MEMORY])
+    for row in rows:
+        if "error" in row:
+            print(f"{row['case']}, {row['library']}: {row['error']}")
     recompiled = [row for row in rows if row["library"].startswith(OURS) and row.get("recompiled")]
     print(f"\n{OURS} recompiles nothing at a second call: {not recompiled}")
     print(f"results: {options.output}/{NAME}.csv and .json")

@@ -16,9 +16,6 @@ T, D = 7, 3
 COVARIANCES = ["diagonal", "full"]
 TWISTS = ["none", "quadrature", "learned"]
 
-# numpyro's scan, when replayed, asks every site of the guide's trace for its shape, a module's weights included
-replayed_modules = pytest.mark.filterwarnings("ignore:shape requires ndarray or scalar arguments:DeprecationWarning")
-
 
 def make_params(covariance: str = "diagonal") -> dict[str, jnp.ndarray]:
     params = {
@@ -115,7 +112,6 @@ def test_model_runs_under_predictive(covariance):
     assert samples["x"].shape == samples["y"].shape == (4, T, D)
 
 
-@replayed_modules
 @pytest.mark.parametrize("covariance", COVARIANCES)
 @pytest.mark.parametrize("twist", TWISTS)
 def test_one_guide_trains_under_an_elbo_that_ignores_its_twist(twist, covariance):

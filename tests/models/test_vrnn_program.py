@@ -15,9 +15,6 @@ from models import vrnn
 T, B, K, Z = 5, 2, 4, 3
 LENGTHS = np.array([5, 3])
 
-# numpyro's scan, when replayed, asks every site of the guide's trace for its shape, a module's weights included
-replayed_modules = pytest.mark.filterwarnings("ignore:shape requires ndarray or scalar arguments:DeprecationWarning")
-
 
 def make_programs(emission: str = "bernoulli", **settings):
     return vrnn.make_programs(jax.random.key(0), K, Z, 6, emission, num_steps=T, num_series=B, **settings)
@@ -101,7 +98,6 @@ def test_padding_adds_nothing_and_is_never_read(which, emission):
         np.testing.assert_allclose(found[:length, b], alone[:, 0], rtol=1e-4, atol=1e-5)
 
 
-@replayed_modules
 @pytest.mark.parametrize("emission", ["bernoulli", "normal"])
 def test_gradients_are_finite_under_masks(emission):
     model, guide = make_programs(emission)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,7 +203,11 @@ def exact_ar2():
 
 
 PROGRAMS["AR(2) of observations"] = UserProgram(
-    ar2, exact_ar2, (jnp.asarray(AR_DATA),), params={"alpha_1": 0.6, "alpha_2": 0.3, "const": 0.1, "sigma": 0.7}, num_particles=4
+    ar2,
+    exact_ar2,
+    (jnp.asarray(AR_DATA),),
+    params={"alpha_1": 0.6, "alpha_2": 0.3, "const": 0.1, "sigma": 0.7},
+    num_particles=4,
 )
 
 
@@ -292,7 +297,9 @@ def exponential_smoothing(y, num_seasons, future=0):
         level, trend, season = carry
         known = t < T
         mu = level + trend + season[0]
-        new_level = jnp.where(known, level_smoothing * (y[t] - season[0]) + (1 - level_smoothing) * (level + trend), level)
+        new_level = jnp.where(
+            known, level_smoothing * (y[t] - season[0]) + (1 - level_smoothing) * (level + trend), level
+        )
         new_trend = jnp.where(known, trend_smoothing * (new_level - level) + (1 - trend_smoothing) * trend, trend)
         new_season = jnp.where(
             known, season_smoothing * (y[t] - level - trend) + (1 - season_smoothing) * season[0], season[0]
@@ -354,12 +361,21 @@ def structural(num_steps, horizon=0):
     scan(step, (0.0, effects_0), None, length=num_steps + horizon)
 
 
-def exact_structural(y=LEVEL_DATA):
+def filter_structural(y=LEVEL_DATA):
     a = np.array([[1, 0, 0, 0], [0, -1, -1, -1], [0, 1, 0, 0], [0, 0, 1, 0]])
     q = np.diag([0.09, 0.04, 1e-12, 1e-12])
     p0 = np.diag([1e-12, 0.09, 0.09, 0.09])
-    log_evidence, means = kalman(y, [0, 0.5, -0.2, 0.1], p0, a, q, [1, 1, 0, 0], 0.25)
+    return (*kalman(y, [0, 0.5, -0.2, 0.1], p0, a, q, [1, 1, 0, 0], 0.25), a)
+
+
+def exact_structural():
+    log_evidence, means, _ = filter_structural()
     return Exact(log_evidence, {"level": means[:, 0], "effect": means[:, 1]})
+
+
+def forecast_of_effects(horizon=3):
+    _, means, a = filter_structural()
+    return np.array([(np.linalg.matrix_power(a, k + 1) @ means[-1])[1] for k in range(horizon)])
 
 
 PROGRAMS["structural series with a horizon"] = UserProgram(
@@ -512,7 +528,9 @@ def exact_switching():
         path = np.array(path)
         terms.append(
             prior
-            + kalman(SWITCHING_DATA, 0, 0, lambda t, p=path: slopes[p[t]], lambda t, p=path: scales[p[t]] ** 2, 1, 0.25)[0]
+            + kalman(
+                SWITCHING_DATA, 0, 0, lambda t, p=path: slopes[p[t]], lambda t, p=path: scales[p[t]] ** 2, 1, 0.25
+            )[0]
         )
     return Exact(logsumexp(terms))
 
@@ -559,7 +577,9 @@ def exact_volatility():
         loc = mu + phi * (old - mu) + rho * sigma * RETURNS[t] * np.exp(-0.5 * old)
         return stats.norm.logpdf(new, loc, sigma * np.sqrt(1 - rho**2))
 
-    start = stats.norm(mu, sigma / np.sqrt(1 - phi**2)).logpdf(grid) + stats.norm(0, np.exp(0.5 * grid)).logpdf(RETURNS[0])
+    start = stats.norm(mu, sigma / np.sqrt(1 - phi**2)).logpdf(grid) + stats.norm(0, np.exp(0.5 * grid)).logpdf(
+        RETURNS[0]
+    )
     log_evidence, means = on_grid(
         grid, start, log_transition, lambda t, h: stats.norm(0, np.exp(0.5 * h)).logpdf(RETURNS[t + 1]), 9
     )
@@ -622,6 +642,10 @@ def exact_vrnn(num_draws: int = 20_000, num_runs: int = 30) -> Exact:
 
 
 VRNN_PARAMS = vrnn_params()
+# An untrained proposal, widened so that its weights have a variance.
+VRNN_PARAMS["proposal_net$params"] = eqx.tree_at(
+    lambda net: net.layers[-1].bias, VRNN_PARAMS["proposal_net$params"], replace_fn=lambda bias: bias + 1.0
+)
 PROGRAMS["variational recurrent network"] = UserProgram(
     VRNN_MODEL,
     exact_vrnn,
@@ -637,12 +661,12 @@ PROGRAMS["variational recurrent network, guided"] = UserProgram(
 
 
 def hierarchical(y):
-    T, num_series = y.shape
-    mu = numpyro.sample("mu", dist.Normal(0.0, 1.0))
+    num_series = y.shape[1]
+    mu = numpyro.sample("mu", dist.Normal(0.0, 0.5))
     tau = numpyro.sample("tau", dist.HalfNormal(1.0))
     with numpyro.plate("series", num_series):
         offset = numpyro.sample("offset", dist.Normal(mu, tau))
-        x_0 = numpyro.sample("x_0", dist.Normal(0.0, 1.0))
+        x_0 = numpyro.sample("x_0", dist.Normal(2.0 * mu, 1.0))
 
     def step(x, y_t):
         with numpyro.plate("series", num_series):
@@ -654,29 +678,40 @@ def hierarchical(y):
 
 
 def hierarchical_guide(y):
+    """Proposes the global latents before its scan, and the series' states in it."""
     num_series = y.shape[1]
     mu_loc = numpyro.param("mu_loc", 0.1)
-    numpyro.sample("mu", dist.Normal(mu_loc, 0.5))
-    numpyro.sample("tau", dist.LogNormal(-0.5, 0.5))
+    mu = numpyro.sample("mu", dist.Normal(mu_loc, 0.4))
+    numpyro.sample("tau", dist.LogNormal(-0.7, 0.5))
     with numpyro.plate("series", num_series):
-        offset = numpyro.sample("offset", dist.Normal(y.mean(0), 0.4))
-        x_0 = numpyro.sample("x_0", dist.Normal(0.0, 0.9))
+        offset = numpyro.sample("offset", dist.Normal(0.5 * mu + 0.3 * y.mean(0), 0.4))
+        x_0 = numpyro.sample("x_0", dist.Normal(2.0 * mu, 1.0))
 
     def step(x, y_t):
         with numpyro.plate("series", num_series):
-            x = numpyro.sample("x", dist.Normal(0.4 * x + 0.5 * (y_t - offset), 0.5))
+            x = numpyro.sample("x", dist.Normal(0.5 * x + 0.4 * (y_t - offset), 0.5))
         return x, None
 
     scan(step, x_0, y)
 
 
-SERIES_DATA = simulate_walk(4, 8, 3)
+SERIES_DATA = 0.7 * simulate_walk(4, 8, 3)
 OFFSETS = np.array([0.5, -0.4, 0.1], np.float32)
 
 
 def exact_hierarchical():
-    found = [kalman(SERIES_DATA[:, b], 0, 1, 0.8, 0.25, 1, 0.36, d=OFFSETS[b]) for b in range(3)]
+    """Given the parameters: one problem per series."""
+    found = [kalman(SERIES_DATA[:, b], 0.4, 1, 0.8, 0.25, 1, 0.36, d=OFFSETS[b]) for b in range(3)]
     return Exact(np.array([f[0] for f in found]), {"x": np.stack([f[1][:, 0] for f in found], 1)})
+
+
+def exact_hierarchy_of_globals(tau: float) -> float:
+    """Log evidence with mu and the offsets integrated out: one Gaussian state of mu, offsets and x."""
+    ones, eye, none = np.ones((3, 1)), np.eye(3), np.zeros((3, 3))
+    start = np.block([[ones, tau * eye, none], [2 * ones, none, eye]]) @ np.diag([0.5] + [1.0] * 6)
+    a = np.block([[eye, none], [none, 0.8 * eye]])
+    q = np.diag([0.0] * 3 + [0.25] * 3)
+    return kalman(SERIES_DATA, np.zeros(6), start @ start.T, a, q, np.hstack([eye, eye]), 0.36 * eye)[0]
 
 
 PROGRAMS["hierarchy over series"] = UserProgram(
@@ -756,7 +791,9 @@ def exact_gaps():
 
 
 PROGRAMS["missing data by obs_mask"] = UserProgram(gaps_by_obs_mask, exact_gaps, (LEVEL_DATA, OBSERVED))
-PROGRAMS["missing data as NaN under a mask"] = UserProgram(gaps_as_nan, exact_gaps, (HOLED_DATA,), params={"scale": 0.5})
+PROGRAMS["missing data as NaN under a mask"] = UserProgram(
+    gaps_as_nan, exact_gaps, (HOLED_DATA,), params={"scale": 0.5}
+)
 PROGRAMS["missing data as NaN, guided"] = UserProgram(
     gaps_as_nan, exact_gaps, (HOLED_DATA,), params={"scale": 0.5}, guide=gaps_as_nan_guide
 )
@@ -795,7 +832,9 @@ COVARIATES = np.random.default_rng(6).normal(size=(10, 2)).astype(np.float32)
 
 
 def exact_regression():
-    log_evidence, means = kalman(LEVEL_DATA, [0, 0], np.eye(2), np.eye(2), 0.04 * np.eye(2), lambda t: COVARIATES[t], 0.25)
+    log_evidence, means = kalman(
+        LEVEL_DATA, [0, 0], np.eye(2), np.eye(2), 0.04 * np.eye(2), lambda t: COVARIATES[t], 0.25
+    )
     return Exact(log_evidence, {"beta": means})
 
 
@@ -863,9 +902,7 @@ def exact_likelihood_after():
 
 def exact_likelihood_after_in_plate():
     c = lambda t: COVARIATES[t]  # noqa: E731
-    log_evidence, means = kalman(
-        LEVEL_DATA, [0, 0], 0 * np.eye(2), 0.9 * np.eye(2), 0.25 * np.eye(2), c, 0.36, d=0.3
-    )
+    log_evidence, means = kalman(LEVEL_DATA, [0, 0], 0 * np.eye(2), 0.9 * np.eye(2), 0.25 * np.eye(2), c, 0.36, d=0.3)
     return Exact(log_evidence, {"z": means})
 
 
@@ -925,9 +962,7 @@ TIMES = np.array([0.1, 0.5, 0.6, 1.9, 2.0, 3.1, 5.0, 5.2, 5.3, 7.7], np.float32)
 def exact_ornstein_uhlenbeck():
     dt, variance = np.diff(TIMES, prepend=0), 0.81 / 1.4
     decay = np.exp(-0.7 * dt)
-    found = kalman(
-        LEVEL_DATA, 0, variance, lambda t: decay[t], lambda t: variance * (1 - decay[t] ** 2), 1, 0.16
-    )
+    found = kalman(LEVEL_DATA, 0, variance, lambda t: decay[t], lambda t: variance * (1 - decay[t] ** 2), 1, 0.16)
     return Exact(found[0], {"x": found[1][:, 0]})
 
 
@@ -1078,7 +1113,9 @@ PROGRAMS["innovations, path guide"] = UserProgram(
     guide=innovations_guide,
     num_particles=128,
 )
-PROGRAMS["LocScaleReparam in the step"] = UserProgram(decentred, exact_innovations, (LEVEL_DATA,), params={"scale": 0.4})
+PROGRAMS["LocScaleReparam in the step"] = UserProgram(
+    decentred, exact_innovations, (LEVEL_DATA,), params={"scale": 0.4}
+)
 PROGRAMS["TransformReparam of the step"] = UserProgram(
     transformed, exact_transformed, (RETURNS,), params={"scale": 0.3}
 )

@@ -94,6 +94,7 @@ def position_within(rng_key: Array, weights: Array, particle: int | Array, span:
 
 def pin(ancestors: Array, slot: Array, pivot_in: int | Array, pivot_out: int | Array) -> Array:
     """Gives ``slot`` the ancestor ``pivot_in``, then shifts all slots cyclically until ``slot`` is ``pivot_out``."""
+    pivot_in = jnp.asarray(pivot_in, ancestors.dtype)
     return jnp.roll(ancestors.at[slot].set(pivot_in), pivot_out - slot)
 
 

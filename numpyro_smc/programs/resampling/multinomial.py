@@ -35,7 +35,8 @@ def conditional(
     :param pivot_out: the slot that keeps it, a scalar.
     :return: int32 ``[num_samples]`` with ``result[pivot_out] == pivot_in``.
     """
-    return multinomial(rng_key, log_weights, num_samples).at[pivot_out].set(pivot_in)
+    ancestors = multinomial(rng_key, log_weights, num_samples)
+    return ancestors.at[pivot_out].set(jnp.asarray(pivot_in, ancestors.dtype))
 
 
 def log_prob(ancestors: Array, log_weights: Array) -> Array:

@@ -47,6 +47,6 @@ def ssp(rng_key: Array, log_weights: Array, num_samples: int) -> Array:
     (last, fraction), rounded_up = lax.scan(meet, nobody, (particles, expected - whole, uniforms))
     offspring = whole.astype(jnp.int32).at[rounded_up].add(1, mode="drop")
     offspring = offspring.at[last].add(fraction > 0.5)  # zero or one, but for rounding
-    offspring = offspring.at[jnp.argmax(weights)].add(num_samples - offspring.sum())  # zero, unless rounding adds up
+    offspring = offspring.at[jnp.argmax(weights)].add(num_samples - offspring.sum(dtype=jnp.int32))  # zero, unless rounding adds up
     ancestors = jnp.repeat(particles, offspring, total_repeat_length=num_samples)
     return identity_unless_alive(ancestors, weights, total)
