@@ -41,7 +41,9 @@ class Minibatch(ELBO):
         self.size = size
         self.can_infer_discrete = loss.can_infer_discrete
 
-    def loss_with_mutable_state(self, rng_key: Array, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Any:
+    def loss_with_mutable_state(
+        self, rng_key: Array, param_map: Any, model: Any, guide: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         batch_key, key = random.split(rng_key)
         y, num_steps, _ = args
         batch = y[random.randint(batch_key, (self.size,), 0, len(y))]
@@ -52,10 +54,14 @@ class Minibatch(ELBO):
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bound", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--num_train_steps", type=int, default=5000, help="all steps, of model and twist (published: 500000)")
+    parser.add_argument(
+        "--num_train_steps", type=int, default=5000, help="all steps, of model and twist (published: 500000)"
+    )
     parser.add_argument("--num_steps", type=int, default=10, help="length of a series")
     parser.add_argument("--num_series", type=int, default=1000)
-    parser.add_argument("--drift", type=float, default=0.0, help="true drift (the published data have 0 whatever their flag)")
+    parser.add_argument(
+        "--drift", type=float, default=0.0, help="true drift (the published data have 0 whatever their flag)"
+    )
     parser.add_argument("--num_train_particles", type=int, default=10)
     parser.add_argument("--num_eval_particles", type=int, default=128)
     parser.add_argument("--num_eval_keys", type=int, default=16, help="evaluations of each bound")
@@ -93,7 +99,9 @@ def build(method: str, options: argparse.Namespace, num_particles: int, batch_si
     return loss, guide
 
 
-def train(method: str, seed: int, options: argparse.Namespace, y: Array) -> tuple[dict[str, Any], list[tuple[int, float]]]:
+def train(
+    method: str, seed: int, options: argparse.Namespace, y: Array
+) -> tuple[dict[str, Any], list[tuple[int, float]]]:
     """Train one method; its row of the table, and its gap over training."""
     num_steps, num_series = options.num_steps, len(y)
     loss, guide = build(method, options, options.num_train_particles, options.batch_size)
@@ -109,7 +117,9 @@ def train(method: str, seed: int, options: argparse.Namespace, y: Array) -> tupl
         keys = random.split(rng_key, options.num_eval_keys)
         plain = FIVO if isinstance(of_bound, FIVO) and not isinstance(of_bound, SIXO) else SIXO
         bound = plain(options.num_eval_particles, resample="never" if method == "iwae" else "always")
-        values = -jax.lax.map(lambda k: bound.loss(k, params, gdd.model, guide, y, num_steps, num_series), keys) / num_series
+        values = (
+            -jax.lax.map(lambda k: bound.loss(k, params, gdd.model, guide, y, num_steps, num_series), keys) / num_series
+        )
         exact = jnp.mean(gdd.log_evidence(y, params["drift"], num_steps))
         return exact - jnp.mean(values), jnp.std(exact - values) / jnp.sqrt(len(keys))
 
@@ -144,7 +154,10 @@ def train(method: str, seed: int, options: argparse.Namespace, y: Array) -> tupl
         assert isinstance(probe, SIXO)
         losses = jax.jit(
             lambda params, keys: jax.lax.map(
-                lambda k: probe.twist_loss(k, params, gdd.model, guide, y[: options.batch_size], num_steps, options.batch_size), keys
+                lambda k: probe.twist_loss(
+                    k, params, gdd.model, guide, y[: options.batch_size], num_steps, options.batch_size
+                ),
+                keys,
             )
         )(result.params, random.split(random.key(3), 400))
         # The original sums over T - 1 steps and divides by T.

@@ -50,12 +50,19 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None
     cells = [[column for column in columns]] + [[_cell(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     for number, row in enumerate(cells):
-        print("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))))
+        print(
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+        )
         if number == 0:
             print("  ".join("-" * width for width in widths))
 
 
-def write(folder: str | os.PathLike[str], name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
+def write(
+    folder: str | os.PathLike[str], name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> Path:
     """Write ``name.csv`` (the rows) and ``name.json`` (rows, settings, machine and versions)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

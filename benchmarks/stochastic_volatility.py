@@ -44,10 +44,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_eval_particles", type=int, default=2048, help="particles of the bootstrap filter")
     parser.add_argument("--num_eval_keys", type=int, default=4, help="bootstrap filters per evidence")
     parser.add_argument("--num_bound_keys", type=int, default=200, help="evaluations of each method's own bound")
-    parser.add_argument("--lr", type=float, default=3e-3, help="Adam step size (published: 1e-4, 3e-4 or 6e-4, constant)")
-    parser.add_argument("--final_lr", type=float, default=6e-5, help="end of the cosine schedule; equal to --lr: constant")
+    parser.add_argument(
+        "--lr", type=float, default=3e-3, help="Adam step size (published: 1e-4, 3e-4 or 6e-4, constant)"
+    )
+    parser.add_argument(
+        "--final_lr", type=float, default=6e-5, help="end of the cosine schedule; equal to --lr: constant"
+    )
     parser.add_argument("--tilt_lr", type=float, default=1e-3, help="Adam step size of the learned twist")
-    parser.add_argument("--tilt_batch_size", type=int, default=32, help="simulated series per twist step (published: 64)")
+    parser.add_argument(
+        "--tilt_batch_size", type=int, default=32, help="simulated series per twist step (published: 64)"
+    )
     parser.add_argument("--model_inner_steps", type=int, default=400, help="model steps per turn (published: 100)")
     parser.add_argument("--tilt_inner_steps", type=int, default=100, help="twist steps per turn")
     parser.add_argument("--rnn_size", type=int, default=64, help="hidden units of the backwards LSTM")
@@ -66,7 +72,11 @@ def load(options: argparse.Namespace) -> tuple[Array, Array | None, str]:
     """Training series ``[T, D]``, test series or ``None``, and the name of the data."""
     if options.data_dir is None:
         returns, days = series.load_sp500(options.start)
-        return jnp.asarray(returns, jnp.float32)[:, None], None, f"S&P 500 daily returns in percent, {days[0]} to {days[-1]}"
+        return (
+            jnp.asarray(returns, jnp.float32)[:, None],
+            None,
+            f"S&P 500 daily returns in percent, {days[0]} to {days[-1]}",
+        )
     train, test = series.load_forex(options.data_dir)
     return jnp.asarray(train, jnp.float32), jnp.asarray(test, jnp.float32), "22 currencies, monthly log returns"
 
@@ -107,12 +117,18 @@ def build(method: str, options: argparse.Namespace, y: Array, seed: int) -> tupl
 
 def evidence(model: Callable[..., Any], params: dict[str, Any], y: Array, options: argparse.Namespace) -> np.ndarray:
     """Bootstrap-filter log evidences of the model alone, one per key."""
-    own = {name: value for name, value in params.items() if name in ("mu", "raw_phi", "log_beta", "raw_q", "raw_scale_tril")}
+    own = {
+        name: value
+        for name, value in params.items()
+        if name in ("mu", "raw_phi", "log_beta", "raw_q", "raw_scale_tril")
+    }
     keys = random.split(random.key(17), options.num_eval_keys)
     return np.array([log_evidence(key, model, own, y, num_particles=options.num_eval_particles) for key in keys])
 
 
-def train(method: str, seed: int, options: argparse.Namespace, y: Array, name: str) -> tuple[SVI, FitResult, dict[str, Any]]:
+def train(
+    method: str, seed: int, options: argparse.Namespace, y: Array, name: str
+) -> tuple[SVI, FitResult, dict[str, Any]]:
     """Train one method and measure its own bound."""
     svi, num_train_steps = build(method, options, y, seed)
     folder = Path(options.output)
@@ -159,7 +175,9 @@ def plot_volatility(params: dict[str, Any], model: Callable[..., Any], y: Array,
     ax.plot(times, np.asarray(y)[:, 0], ".", ms=3, color="0.5", label="returns")
     for sign in (1, -1):
         ax.fill_between(times, sign * low, sign * high, color="tab:red", alpha=0.3, lw=0)
-        ax.plot(times, sign * middle, color="tab:red", lw=1, label="volatility: median and 90% band" if sign > 0 else None)
+        ax.plot(
+            times, sign * middle, color="tab:red", lw=1, label="volatility: median and 90% band" if sign > 0 else None
+        )
     ax.set_xlabel("time")
     ax.set_title(title, fontsize=10)
     ax.legend(frameon=False)
@@ -183,7 +201,9 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
                 if data is not None:
                     values = evidence(svi.model, result.params, data, options)
                     row[f"filter {split}"] = float(values.mean())
-                    row[f"filter {split} s.e."] = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+                    row[f"filter {split} s.e."] = (
+                        float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+                    )
             if name == "forex" and method in PUBLISHED:
                 row["published own bound"] = PUBLISHED[method]
             rows.append(row)

@@ -10,8 +10,9 @@ from numpyro.ops.provenance import eval_provenance
 
 from numpyro_smc.engines.particles import run
 from numpyro_smc.programs.draws import CloudDraws
+from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.scans import Fixed, run_prefix, run_step
-from numpyro_smc.programs.sequence import Program, Sequence, read_sequence
+from numpyro_smc.programs.sequence import Program, Sequence
 from numpyro_smc.programs.sites import is_observed, plate_indices
 
 Values = dict[str, Array]
@@ -57,7 +58,8 @@ def twist_loss(
         return jax.vmap(lambda pair: twists_along(sequence, guide, params, arguments, kwargs, *pair))(both)
 
     positive, negative = jnp.moveaxis(jax.vmap(logits)(observations, both), 1, 0)
-    counted = jnp.broadcast_to(sequence.look_ahead(), positive.shape)
+    assert sequence.look_ahead is not None
+    counted = jnp.broadcast_to(sequence.look_ahead, positive.shape)
     terms = jnp.where(counted, jax.nn.softplus(-positive) + jax.nn.softplus(negative), 0.0)
     return jnp.sum(terms) / jnp.maximum(jnp.sum(counted), 1)
 

@@ -7,9 +7,10 @@ from jax import Array, lax, random
 from numpyro.infer.elbo import ELBO
 
 from numpyro_smc.engines.particles import Recursion, run
+from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.resample import Decision, build
 from numpyro_smc.programs.resampling import Scheme
-from numpyro_smc.programs.sequence import Program, Sequence, read_sequence
+from numpyro_smc.programs.sequence import Program, Sequence
 
 
 class FIVO(ELBO):

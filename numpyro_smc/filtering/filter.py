@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, random
-from numpyro import handlers
 
 from numpyro_smc.elbo.fivo import check_num_particles
 from numpyro_smc.engines.checkpoint import load_pytree, save_pytree
 from numpyro_smc.engines.chunks import in_chunks
-from numpyro_smc.engines.particles import Move, ParticleState, advance, initialise, run, step_keys
+from numpyro_smc.engines.particles import Move, ParticleState, run
+from numpyro_smc.filtering import streaming
 from numpyro_smc.filtering.result import FilterResult, History
+from numpyro_smc.filtering.streaming import FilterState
 from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.resample import Decision, build
 from numpyro_smc.programs.resampling import Scheme
-from numpyro_smc.programs.sequence import Program, Sequence, read_sequence
+from numpyro_smc.programs.sequence import Program, Sequence
 from numpyro_smc.programs.weights import normalise
-
-
-class FilterState(NamedTuple):
-    """A running filter, between two observations; a pytree of arrays.
-
-    - **rng_key** - the run's key. **t** - number of observations taken in.
-    - **particles** - the particles and their log weights (of mean one).
-    - **log_evidence** - log evidence of the observations so far; **increment** - the last one's share.
-    - **ess** - effective sample size after the last observation. **values** - its step's sites, ``[N, ...]``.
-    - **program** - params, args and kwargs the run was started with.
-    """
-
-    rng_key: Array
-    t: Array
-    particles: ParticleState
-    log_evidence: Array
-    increment: Array
-    ess: Array
-    values: dict[str, Array]
-    program: Any
 
 
 class ParticleFilter:
@@ -111,8 +92,8 @@ class ParticleFilter:
         self.batch_size = batch_size
         in_chunks(None, num_particles, batch_size)
         self._compiled_run = Compiled(self._run)
-        self._compiled_init = Compiled(self._init)
-        self._compiled_update = Compiled(self._update)
+        self._compiled_init = Compiled(partial(streaming.start, self))
+        self._compiled_update = Compiled(partial(streaming.take_in, self))
 
     def __repr__(self) -> str:
         guide = "" if self.guide is None else f", guide={getattr(self.guide, '__name__', self.guide)}"
@@ -216,110 +197,3 @@ class ParticleFilter:
         """Read a running state, given the arguments that :meth:`init` was given."""
         fresh = self.init(random.key(0), *args, params=params, **kwargs)
         return load_pytree(path, fresh._replace(program=None))._replace(program=fresh.program)
-
-    def _init(self, rng_key: Array, params: Any, args: Any, kwargs: Any) -> FilterState:
-        read_key, run_key = random.split(rng_key)
-        sequence = self._stream(read_key, params, args, kwargs, {})
-        zero = jnp.asarray(0)
-        init_key, _ = random.split(run_key)
-        state, info, _ = initialise(init_key, sequence, self.num_particles)
-        values = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(
-                lambda: advance(step_keys(run_key, zero), sequence, None, state, zero, self._first(sequence))[2].values
-            ),
-        )
-        return FilterState(rng_key, zero, state, info.increment, info.increment, info.ess, values, None)
-
-    def _update(self, state: FilterState, program: Any, x: Any, guide_x: Any, data: dict[str, Any]) -> FilterState:
-        read_key, run_key = random.split(state.rng_key)
-        sequence = self._stream(read_key, *program, data)
-        inputs = {"model": x, "guide": None if sequence.guide is None else guide_x, "look ahead": None}
-        expected = self._first(sequence)
-        if jax.tree.structure(inputs) != jax.tree.structure(expected):
-            raise ValueError(
-                f"ParticleFilter.update: the scan's body receives {jax.tree.map(jnp.shape, expected['model'])} at each step but was given "
-                f"{jax.tree.map(jnp.shape, x)}. Pass one slice of the model's xs."
-            )
-        _, step_key = random.split(run_key)
-        particles, info, move = advance(
-            step_keys(step_key, state.t), sequence, self.resampling, state.particles, state.t, inputs
-        )
-        return FilterState(
-            state.rng_key,
-            state.t + 1,
-            particles,
-            state.log_evidence + info.increment,
-            info.increment,
-            info.ess,
-            move.values,
-            None,
-        )
-
-    def _stream(self, rng_key: Array, params: Any, args: Any, kwargs: Any, data: dict[str, Any]) -> Sequence:
-        model = handlers.condition(self.model, data=data) if data else self.model
-        sequence = self.read(rng_key, params, args, kwargs, model)
-        if sequence.after is not None:
-            raise NotImplementedError(
-                "ParticleFilter.update: the likelihood stands after the scan, where single observations cannot be given. Move it "
-                "into the step to stream."
-            )
-        sequence.twisted = False
-        return sequence
-
-    @staticmethod
-    def _first(sequence: Sequence) -> Any:
-        return jax.tree.map(lambda x: x[0], sequence.inputs())
-
-
-def log_evidence(
-    rng_key: Array,
-    model: Program,
-    params: dict[str, Any],
-    *args: Any,
-    num_particles: int = 1000,
-    guide: Program | None = None,
-    batch_size: int | None = None,
-    resampler: str | Scheme = "multinomial",
-    resample: str | Decision = "ess",
-    ess_threshold: float = 0.5,
-    **kwargs: Any,
-) -> Array:
-    r"""Log evidence of a sequence model at given parameters, by a particle filter without history.
-
-    :math:`e^{\text{value}}` is an unbiased estimate of :math:`p(y \mid \theta)`.
-
-    :param params: values of ``param`` sites and of global latents.
-    :param args: arguments of the model.
-    :param batch_size: move particles in chunks of this size, so that a step's memory stays bounded; must divide
-        ``num_particles``.
-    :return: scalar, or ``[*batch]`` under plates that enclose the program. Memory O(N), independent of T.
-    :raises FloatingPointError: if all weights vanish or are not a number.
-    """
-    particle_filter = _evidence_filter(model, num_particles, guide, resampler, resample, ess_threshold, batch_size)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((rng_key, params, args, kwargs))):
-        return particle_filter.log_evidence(rng_key, *args, params=params, **kwargs)
-    return np.asarray(particle_filter.run(rng_key, *args, params=params, **kwargs).log_evidence)[()]
-
-
-@lru_cache(maxsize=32)
-def _evidence_filter(
-    model: Program,
-    num_particles: int,
-    guide: Program | None,
-    resampler: Any,
-    resample: Any,
-    ess_threshold: float,
-    batch_size: int | None,
-) -> ParticleFilter:
-    # Kept, so that a second call finds its compiled program.
-    return ParticleFilter(
-        model,
-        num_particles,
-        guide=guide,
-        resampler=resampler,
-        resample=resample,
-        ess_threshold=ess_threshold,
-        history=False,
-        batch_size=batch_size,
-    )

@@ -10,7 +10,9 @@ from numpyro import handlers
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_smc.filtering.smoothing.genealogy import draw_final, take
-from numpyro_smc.programs.sequence import Cloud, Sequence, read_sequence
+from numpyro_smc.programs.reading import read_sequence
+from numpyro_smc.programs.replay import observed_values, simulated_step
+from numpyro_smc.programs.sequence import Cloud, Sequence
 
 
 def forecast(
@@ -49,14 +51,15 @@ def _later_inputs(sequence: Sequence, steps: int, xs: Any) -> Any:
     """Inputs of the steps beyond the data: given, continued (counters), or unneeded (only observed)."""
     own = sequence.model.scan.inputs()
     if xs is not None:
-        if jax.tree.structure(xs) != jax.tree.structure(own):
+        if jax.tree.structure(xs) != jax.tree.structure(own):  # type: ignore[operator]
             raise ValueError(f"forecast: xs must have the structure of the scan's xs, {jax.tree.structure(own)}.")
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[:steps], xs)
     leaves, treedef = jax.tree.flatten(own)
 
     def used(**inputs: Array) -> Any:
         x = jax.tree.unflatten(treedef, [inputs[f"x{i}"] for i in range(len(leaves))])
-        return sequence.abstract_step(x)
+        carry, trace = simulated_step(sequence.model, 0, x)
+        return jax.tree.leaves(carry), [site["value"] for site in trace.values() if site["type"] == "sample"]
 
     needs = eval_provenance(used, **{f"x{i}": leaf[0] for i, leaf in enumerate(leaves)}) if leaves else frozenset()
     needed = frozenset().union(*jax.tree.leaves(needs, is_leaf=lambda leaf: isinstance(leaf, frozenset)))
@@ -79,5 +82,5 @@ def not_finite(particle_filter: Any, rng_key: Array, program: Any, t: int) -> li
     """Names of the observed sites that hold non-finite, unmasked values at step ``t``."""
     params, args, kwargs = program
     sequence = particle_filter.read(random.split(rng_key)[0], params, args, kwargs)
-    sites = sequence.observed_values(t)
+    sites = observed_values(sequence.model, t)
     return [name for name, value in sites.items() if not np.isfinite(np.asarray(value, float)).all()]

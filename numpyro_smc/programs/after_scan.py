@@ -23,8 +23,17 @@ class AfterScan:
     """The observed sites after a scan. Sites of the scan's outputs are split over time; sites of its last carry alone
     are weighed at the last step."""
 
-    def __init__(self, program: Callable[..., Any], args: Any, length: int, split: list[str], last: list[str]) -> None:
+    def __init__(
+        self,
+        program: Callable[..., Any],
+        args: Any,
+        length: int,
+        split: list[str],
+        last: list[str],
+        plates: frozenset[str] = frozenset(),
+    ) -> None:
         self.program, self.args, self.length, self.split, self.last = program, args, length, split, last
+        self.plates = plates
 
     def log_density(self, t: Array, output: Any, carry: Any, fixed: dict[str, Array], plates: BatchPlates) -> Array:
         """Log density of the t-th factor for one particle, of the shape of the enclosing plates."""
@@ -59,10 +68,12 @@ def read_after_scan(
                 names.append(name)
             elif site["type"] == "sample":
                 observed.append(name)
+                frames.append(frozenset(frame.name for frame in site["cond_indep_stack"]))
         return {name: after[name]["fn"].log_prob(after[name]["value"]) for name in observed}
 
     names: list[str] = []
     observed: list[str] = []
+    frames: list[frozenset[str]] = []
     initial = {name: half.prefix[name]["value"] for name in half.particle_latents}
     uses = eval_provenance(rest, outputs=output, carry=last_carry, **initial)
     if names:
@@ -84,7 +95,8 @@ def read_after_scan(
                 f"{user}: site '{name}' after the scan depends on {' and '.join(sorted(deps)) or 'nothing'}; it may depend on the scan's stacked "
                 f"outputs or on its last carry. Move the statement into the step (if it uses the states) or before the scan."
             )
-    after = AfterScan(_with_arguments(program), (args, kwargs), half.scan.length, split, last)
+    plates = frozenset.intersection(*frames)
+    after = AfterScan(_with_arguments(program), (args, kwargs), half.scan.length, split, last, plates)
     if split:
         _check_split(after, half, user)
     return after
@@ -152,10 +164,9 @@ def _run_after(
     keep: set[str],
 ) -> Trace:
     passing = _PassScan(outputs, carry)
-    rng_key = random.key(0)
-    around = [CloudDraws(rng_key), Fixed(fixed)]
+    draws, given = CloudDraws(random.key(0)), Fixed(fixed)
     slicing = Messenger() if t is None else _SliceTime(t, length, keep, passing)
-    with handlers.block(), handlers.trace() as trace, around[0], around[1], passing, slicing:
+    with handlers.block(), handlers.trace() as trace, draws, given, passing, slicing:
         program() if arguments is None else program(*arguments)
     return {name: site for name, site in trace.items() if site.get("after scan")}
 
@@ -203,7 +214,7 @@ def _check_split(after: AfterScan, half: Half, user: str) -> None:
         watch = _WatchScan()
         with handlers.block(), handlers.trace() as trace, handlers.seed(rng_seed=random.key(1)), watch:
             inner(*args, **kwargs)
-        whole = sum(log_density(trace[name], BatchPlates()) for name in after.split)
+        whole = sum((log_density(trace[name], BatchPlates()) for name in after.split), jnp.zeros(()))
         fixed = {
             n: s["value"]
             for n, s in trace.items()

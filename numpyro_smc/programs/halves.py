@@ -168,7 +168,7 @@ def _promoted_carry(scan: Scan, step: Callable[[Any, Array], tuple[Any, Trace]])
     leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, scan.init))
     for _ in range(3):
         new = jax.eval_shape(lambda c: step(jax.tree.unflatten(tree, c), jnp.asarray(0))[0], leaves)
-        if jax.tree.structure(new) != tree:
+        if jax.tree.structure(new) != tree:  # type: ignore[operator]
             raise ValueError(
                 f"The scan's step returns a carry of structure {jax.tree.structure(new)}; its initial carry has {tree}."
             )

@@ -1,6 +1,7 @@
 """Finding the scan statement of a NumPyro program, and running one step of it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -111,6 +112,15 @@ def _at_step(value: Any, t: Array, length: int) -> Any:
     return value[t] if jnp.ndim(value) > 0 and jnp.shape(value)[0] == length else value
 
 
+def _wrapped(handler: Messenger, length: int, body: Callable, t: Array) -> Callable:
+    """The step function under a handler that encloses the scan; arrays with a leading time axis are sliced."""
+    if isinstance(handler, handlers.mask):
+        return handlers.mask(body, mask=_at_step(handler.mask, t, length))
+    if isinstance(handler, handlers.scale):
+        return handlers.scale(body, scale=_at_step(handler.scale, t, length))
+    return handlers.uncondition(body)
+
+
 def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger]) -> Scan:
     body, init, xs, length, reverse = msg["args"]
     if reverse:
@@ -132,19 +142,14 @@ def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger]) -> Scan:
             )
     wrappers = []
     for handler in reversed(enclosing):
-        if isinstance(handler, handlers.mask):
-            wrappers.append(lambda f, t, h=handler: handlers.mask(f, mask=_at_step(h.mask, t, length)))
-        elif isinstance(handler, handlers.scale):
-            wrappers.append(lambda f, t, h=handler: handlers.scale(f, scale=_at_step(h.scale, t, length)))
-        elif isinstance(handler, handlers.uncondition):
-            wrappers.append(lambda f, t: handlers.uncondition(f))
-        elif not isinstance(handler, _PASSIVE_HANDLERS + _STACKED_HANDLERS) and type(handler).__module__.startswith(
-            "numpyro."
-        ):
-            raise NotImplementedError(
-                f"handlers.{type(handler).__name__} encloses the scan. Apply it inside the step function: "
-                f"scan({type(handler).__name__}(step, ...), init, xs)."
-            )
+        if isinstance(handler, handlers.mask | handlers.scale | handlers.uncondition):
+            wrappers.append(partial(_wrapped, handler, length))
+        elif not isinstance(handler, _PASSIVE_HANDLERS + _STACKED_HANDLERS):
+            name = type(handler).__name__
+            if type(handler).__module__.startswith("numpyro."):
+                raise NotImplementedError(
+                    f"handlers.{name} encloses the scan. Apply it inside the step function: scan({name}(step, ...), init, xs)."
+                )
     return Scan(body, init, xs, int(length), tuple(msg["kwargs"]["substitute_stack"]), tuple(wrappers))
 
 

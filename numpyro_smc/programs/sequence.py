@@ -15,25 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
-from numpyro import handlers
 
 from numpyro_smc.programs import path_guide
-from numpyro_smc.programs.after_scan import AfterScan, read_after_scan
-from numpyro_smc.programs.bootstrap import Bootstrap
+from numpyro_smc.programs.after_scan import AfterScan
 from numpyro_smc.programs.draws import CloudDraws
-from numpyro_smc.programs.halves import Half, global_latents, read_half
+from numpyro_smc.programs.halves import Half
 from numpyro_smc.programs.scans import Fixed, Trace, run_prefix, run_step
-from numpyro_smc.programs.sites import (
-    BatchPlates,
-    enclosing_plates,
-    is_latent,
-    is_observed,
-    log_density,
-    observed_elements,
-    plate_indices,
-    plate_scales,
-    unmasked_value,
-)
+from numpyro_smc.programs.sites import BatchPlates, is_latent, is_observed, log_density, plate_indices
 
 Program = Callable[..., Any]
 
@@ -65,7 +53,7 @@ class Move(NamedTuple):
 
 
 class Sequence:
-    """A model with one scan, in lockstep with an optional guide. Use :func:`read_sequence` to make one."""
+    """A model with one scan, in lockstep with an optional guide. :func:`~.reading.read_sequence` makes one."""
 
     def __init__(
         self,
@@ -90,7 +78,7 @@ class Sequence:
         self.bound_scale = 1.0
         self.gradient_of_draws = "ignore"
         self.twisted = guide is not None and any(s["type"] == "twist" for s in guide.step_sites.values())
-        self._look_ahead: Array | None = None
+        self.look_ahead: Array | None = None
 
     # ---- facts ---------------------------------------------------------------------------------------------------
 
@@ -171,59 +159,8 @@ class Sequence:
         return {
             "model": self.model.scan.inputs(),
             "guide": None if self.guide is None else self.guide.scan.inputs(),
-            "look ahead": self.look_ahead(),
+            "look ahead": self.look_ahead if self.twisted else None,
         }
-
-    def look_ahead(self) -> Array | None:
-        """For each step and problem, whether any observation follows it: bool ``[T, *batch]`` (``None`` without twists)."""
-        if not self.twisted:
-            return None
-        if self._look_ahead is None:
-            observed = self._observed_per_step()
-            later = jnp.flip(lax.cummax(jnp.flip(observed.astype(jnp.int32), 0), axis=0), 0)
-            self._look_ahead = jnp.concatenate([later[1:], jnp.zeros_like(later[:1])]) > 0
-        return self._look_ahead
-
-    # ---- single steps, for smoothing and reports ----------------------------------------------------------------
-
-    def step_latents(self) -> list[str]:
-        """Names of the latent sites of a step."""
-        return [name for name, site in self.model.step_sites.items() if is_latent(site)]
-
-    def replay_step(
-        self, t: Array, x: Any, particles: Any, shared: Any, values: dict[str, Array]
-    ) -> tuple[Any, Any, Trace]:
-        """One particle's model step with its latents given: the moving part of the new carry, the output, the trace."""
-        plates = plate_indices(self.model.prefix)
-        carry = self.model.merge(particles["model"], shared["model"])
-        around = (CloudDraws(random.key(0)), Fixed(values, plates, "the path"))
-        carry, output, trace = run_step(self.model.scan, t, carry, x, *around)
-        return self.model.split(carry)[0], (output, carry), trace
-
-    def transition_density(self, t: Array, x: Any, particles: Any, shared: Any, values: dict[str, Array]) -> Array:
-        """Log density of a step's latents and observations given one particle of the step before, ``[*batch]``."""
-        _, (output, carry), trace = self.replay_step(t, x, particles, shared, values)
-        total = sum(
-            (self._log_density(s) for s in trace.values() if s["type"] == "sample"), jnp.zeros(self.batch_shape)
-        )
-        if self.after is not None:
-            total = total + self.after.log_density(t, output, carry, self.global_values, self.plates)
-        return total
-
-    def abstract_step(self, x: Any) -> Any:
-        """Values of the first step's sites and carry for one particle, to ask what an input is used for."""
-        zero = jnp.asarray(0)
-        carry = jax.tree.unflatten(self.model.carry_tree, self.model.carry_leaves(self.model.scan.init))
-        carry, _, trace = run_step(self.model.scan, zero, carry, x, CloudDraws(random.key(0)))
-        return jax.tree.leaves(carry), [site["value"] for site in trace.values() if site["type"] == "sample"]
-
-    def observed_values(self, t: int) -> dict[str, Array]:
-        """Unmasked observed values of step ``t`` (for one particle's carry), masked ones replaced by zero."""
-        step = jnp.asarray(t)
-        carry = jax.tree.unflatten(self.model.carry_tree, self.model.carry_leaves(self.model.scan.init))
-        x = jax.tree.map(lambda leaf: leaf[t], self.model.scan.inputs())
-        _, _, trace = run_step(self.model.scan, step, carry, x, CloudDraws(random.key(0)))
-        return {name: unmasked_value(site) for name, site in trace.items() if is_observed(site)}
 
     # ---- one particle -----------------------------------------------------------------------------------------------
 
@@ -262,7 +199,7 @@ class Sequence:
                 log_weight, log_score = log_weight + increment, log_score + score
         for name, site in guide_trace.items():
             if name not in model_trace and is_latent(site) and name not in self.global_values:
-                log_weight = log_weight - self._log_density(site)
+                log_weight = log_weight - self.log_density(site)
         self._check_carries(state)
         log_twist = jnp.zeros(self.batch_shape)
         if self.twisted:
@@ -320,20 +257,20 @@ class Sequence:
                         f"{self.user}: the guide samples site '{name}' inside its scan, which the model does not. Remove it, or "
                         f"mark it infer={{'is_auxiliary': True}}."
                     )
-                log_weight = log_weight - self._log_density(site)
+                log_weight = log_weight - self.log_density(site)
         return log_weight, log_score, values
 
     def _log_weight_of(self, site: Any, proposal: Any) -> tuple[Array, Array]:
         """A model site's contribution to the log weight, and to the score of the draws."""
         nothing = jnp.zeros(self.batch_shape)
         if not site.get("drawn", False):
-            log_p = self._log_density(site)
+            log_p = self.log_density(site)
             if proposal is None or site["is_observed"]:
                 return log_p, nothing
-            log_q = self._log_density(proposal)
+            log_q = self.log_density(proposal)
             return self._differentiable(log_p - log_q, log_q, proposal["fn"])
         if self.gradient_of_draws != "ignore" and not site["fn"].has_rsample:
-            log_q = self._log_density(site)
+            log_q = self.log_density(site)
             return self._differentiable(nothing, log_q, site["fn"], log_p=log_q)
         return nothing, nothing
 
@@ -348,7 +285,8 @@ class Sequence:
         kept = increment + (log_q - lax.stop_gradient(log_q))
         return kept, jnp.zeros(self.batch_shape)
 
-    def _log_density(self, site: Any) -> Array:
+    def log_density(self, site: Any) -> Array:
+        """Log density of a traced site, ``[*batch]``."""
         return log_density(site, self.plates, self.bound_scale)
 
     def _twist_value(self, site: Any) -> Array:
@@ -383,152 +321,3 @@ class Sequence:
                         f"carry of its scan that depends on latents must start with these axes; one has shape {leaf.shape}. Put the "
                         f"series on the leading axis of the carry."
                     )
-
-    def _observed_per_step(self) -> Array:
-        """Whether each step holds an unmasked observation, ``[T, *batch]``; conservative if masks depend on particles."""
-        if not self.model.masks_are_fixed or self.after is not None:
-            return jnp.ones((self.length, *self.batch_shape), bool)
-        _, scan = run_prefix(self.model.program, CloudDraws(random.key(0)), Fixed(self.global_values))
-        assert scan is not None
-        moving, still = self.model.split(scan.init)
-
-        def observe(still: list[Array], inputs: tuple[Array, Any]) -> tuple[list[Array], Array]:
-            t, x = inputs
-            carry, _, trace = run_step(
-                self.model.scan, t, self.model.merge(moving, still), x, CloudDraws(random.key(0))
-            )
-            sites = [site for site in trace.values() if is_observed(site)]
-            seen = [jnp.broadcast_to(observed_elements(site, self.plates), self.batch_shape) for site in sites]
-            return self.model.split(carry)[1], jnp.any(jnp.stack(seen), axis=0) if seen else jnp.zeros(
-                self.batch_shape, bool
-            )
-
-        return lax.scan(observe, still, (jnp.arange(self.length), self.model.scan.inputs()))[1]
-
-
-def read_sequence(
-    rng_key: Array,
-    model: Program,
-    guide: Program | None,
-    params: dict[str, Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    user: str = "ParticleFilter",
-    given_globals: bool = True,
-) -> Sequence:
-    """Read a sequence model and its guide. Global latents are drawn here, once.
-
-    :param rng_key: key for the global latents.
-    :param guide: an ordinary guide, a :class:`Bootstrap` guide, or ``None`` for the model's own transition.
-    :param params: values of ``param`` sites, and of global latents that are given rather than proposed.
-    :param user: name of the calling class, for error messages.
-    :param given_globals: without a guide, whether global latents must be given (else they are drawn from their prior).
-    :raises ValueError: naming the site, for every program that cannot be filtered.
-    """
-    if isinstance(guide, Bootstrap):
-        guide, given_globals = None, False
-    guide_key, model_key = random.split(rng_key)
-    bound_model = handlers.substitute(partial(model, *args, **kwargs), data=params)
-    params = jax.tree.map(jnp.asarray, params)
-    guide_trace: Trace = {}
-    guide_half, path, bound_guide = None, {}, None
-    if guide is not None:
-        bound_guide = handlers.substitute(partial(guide, *args, **kwargs), data=params)
-        guide_trace, guide_scan = run_prefix(bound_guide, CloudDraws(guide_key))
-        if guide_scan is not None:
-            guide_half = read_half(bound_guide, guide_trace, guide_scan)
-            read_after_scan(bound_guide, guide_half, args, kwargs, is_guide=True, user=user)
-    proposed = {name: site["value"] for name, site in guide_trace.items() if is_latent(site)}
-    prefix, scan = run_prefix(bound_model, CloudDraws(model_key), Fixed(proposed, plate_indices(guide_trace)))
-    if scan is None:
-        raise ValueError(
-            f"{user}: the model has no numpyro.contrib.control_flow.scan (outside of plates and not hidden by a block handler), so "
-            f"there is no sequence to filter. Write the steps as scan(step, init, xs); for other models use NumPyro's ELBOs."
-        )
-    model_half = read_half(bound_model, prefix, scan)
-    if guide is not None and guide_half is None:
-        path = path_guide.read_path(guide_trace, model_half.step_sites, scan.length, user)
-        guide_trace = {name: site for name, site in guide_trace.items() if name not in path}
-    if guide_half is not None and guide_half.scan.length != scan.length:
-        raise ValueError(
-            f"{user}: the guide's scan has {guide_half.scan.length} steps, the model's has {scan.length}. Make them equal."
-        )
-    sequence = Sequence(user, model_half, guide_half, path, bound_guide, guide_trace)
-    _read_globals(sequence, guide is not None, given_globals)
-    _read_plates(sequence)
-    sequence.after = read_after_scan(bound_model, model_half, args, kwargs, is_guide=False, user=user)
-    sequence.log_global_weight = _log_global_weight(sequence)
-    return sequence
-
-
-def _read_globals(sequence: Sequence, has_guide: bool, given_globals: bool) -> None:
-    model, guide, user = sequence.model, sequence.guide, sequence.user
-    for name in sequence.guide_prefix:
-        site = sequence.guide_prefix[name]
-        if is_latent(site) and name not in model.prefix and not site["infer"].get("is_auxiliary"):
-            raise ValueError(
-                f"{user}: the guide samples site '{name}' before its scan, which the model does not. Remove it, or mark it "
-                f"infer={{'is_auxiliary': True}}."
-            )
-    halves = [model] + ([guide] if guide is not None else [])
-    names = global_latents(halves)
-    for half in halves:
-        half.settle(names)
-    if sequence.path:
-        # A path guide has no scan whose steps could use its latents; what is not an initial state of the model is global.
-        names |= {n for n, site in sequence.guide_prefix.items() if is_latent(site) and n not in model.particle_latents}
-    for name in names:
-        in_guide = name in sequence.guide_prefix
-        site = sequence.guide_prefix[name] if in_guide else model.prefix[name]
-        if not in_guide and site.get("drawn", False) and (has_guide or given_globals):
-            raise ValueError(
-                f"{user}: site '{name}' is a global latent (the scan's steps use it directly) and nothing gives or proposes it. Give "
-                f"its value in params={{'{name}': ...}}, condition the model on it, or sample '{name}' in a guide."
-            )
-        sequence.global_values[name] = site["value"]
-
-
-def _read_plates(sequence: Sequence) -> None:
-    halves = [sequence.model] + ([sequence.guide] if sequence.guide is not None else [])
-    sites = [site for half in halves for site in half.step_sites.values() if site["type"] == "sample"]
-    prefix_sites = [
-        site
-        for trace in (sequence.model.prefix, sequence.guide_prefix)
-        for name, site in trace.items()
-        if site["type"] == "sample" and name not in sequence.global_values
-    ]
-    scales: dict[str, float] = {}
-    for half in halves:
-        scales |= plate_scales(half.prefix) | plate_scales(half.step_sites)
-    global_plates = {
-        frame.name
-        for name in sequence.global_values
-        for frame in (sequence.model.prefix.get(name) or sequence.guide_prefix[name])["cond_indep_stack"]
-    }
-    used = {frame.name for site in sites + prefix_sites for frame in site["cond_indep_stack"]}
-    scales = {name: scale for name, scale in scales.items() if name in used or name not in global_plates}
-    sequence.plates = enclosing_plates(sites + prefix_sites, scales)
-    known = {site["scale"] if isinstance(site["scale"], float) else None for site in sites}
-    known |= {_concrete(site["scale"]) for site in prefix_sites}
-    if len(known) == 1 and None not in known:
-        sequence.bound_scale = known.pop() / sequence.plates.scale
-
-
-def _concrete(scale: Any) -> float | None:
-    if scale is None:
-        return 1.0
-    return None if isinstance(scale, jax.core.Tracer) or jnp.ndim(scale) else float(scale)
-
-
-def _log_global_weight(sequence: Sequence) -> Array:
-    """log p - log q of the global latents; given values and draws from the prior contribute nothing."""
-    total = jnp.asarray(0.0)
-    whole = BatchPlates()
-    for name in sequence.global_values:
-        proposal = sequence.guide_prefix.get(name)
-        if proposal is not None:
-            total = total - log_density(proposal, whole)
-            if name in sequence.model.prefix:
-                total = total + log_density(sequence.model.prefix[name], whole)
-    return total

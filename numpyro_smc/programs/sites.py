@@ -33,15 +33,19 @@ def is_observed(site: Site) -> bool:
     return site["type"] == "sample" and site["is_observed"]
 
 
-def enclosing_plates(sites: list[Site], plate_scales: dict[str, float]) -> BatchPlates:
+def enclosing_plates(
+    sites: list[Site], plate_scales: dict[str, float], within: frozenset[str] | None = None
+) -> BatchPlates:
     """The plates common to all ``sites``, checked to be the leftmost batch dimensions of each.
 
     :param plate_scales: full size over subsampled size, by plate name.
+    :param within: plates that also enclose what follows the scan; ``None`` if nothing does.
     :raises ValueError: if a common plate is not the leftmost dimension of some site, or a plate is subsampled that does
         not enclose every site.
     """
     frames = [{frame.name: frame for frame in site["cond_indep_stack"]} for site in sites]
     common = set.intersection(*(set(f) for f in frames)) if frames else set()
+    common = common if within is None else common & within
     for name, scale in plate_scales.items():
         if scale != 1.0 and name not in common:
             raise ValueError(

@@ -60,9 +60,9 @@ def gauss_hermite(log_likelihood: Callable[[Array], Array], loc: Array, scale: A
     :param degree: number of nodes; exact when :math:`e^f` is a polynomial of degree below ``2 * degree``.
     :return: array of the broadcast shape. Cost: ``degree`` evaluations of ``log_likelihood``.
     """
-    nodes, weights = np.polynomial.hermite.hermgauss(degree)
+    roots, weights = np.polynomial.hermite.hermgauss(degree)
     loc, scale = jnp.broadcast_arrays(loc, scale)
     column = (degree,) + (1,) * loc.ndim
-    nodes = jnp.asarray(nodes, loc.dtype).reshape(column)
+    nodes = jnp.asarray(roots, loc.dtype).reshape(column)
     log_weights = jnp.asarray(np.log(weights / np.sqrt(np.pi)), loc.dtype).reshape(column)
     return logsumexp(log_weights + log_likelihood(loc + np.sqrt(2.0) * scale * nodes), axis=0)

@@ -20,6 +20,7 @@ def inference_data(
     groups = {"posterior": {name: np.asarray(value)[None] for name, value in draws.items()}}
     if stats:
         groups["sample_stats"] = {name: np.asarray(value)[None, None] for name, value in stats.items()}
-    data = az.from_dict(groups) if int(az.__version__.split(".")[0]) >= 1 else az.from_dict(**groups)
+    from_dict: Any = az.from_dict
+    data = from_dict(groups) if int(az.__version__.split(".")[0]) >= 1 else from_dict(**groups)
     data["posterior"].attrs.update(attributes or {})
     return data

@@ -67,14 +67,14 @@ def test_volatility_program_and_hand_written_filter_agree(rows):
 
 
 def test_hand_written_filters_are_unbiased():
-    # Mean of 1200 relative evidences within 5 standard errors of 1: false alarms 6e-7 per filter.
-    y = filter_speed.simulate(AR1, 4, 30, seed=1)
-    exact = jnp.array([filter_speed.kalman_log_evidence(y[i : i + 1]) for i in range(4)])
+    # Mean of 400 relative evidences within 5 standard errors of 1: false alarms 6e-7 per filter.
+    y = filter_speed.simulate(AR1, 4, 20, seed=1)
+    exact = np.array([filter_speed.kalman_log_evidence(series[None]) for series in y])
     one = partial(filter_speed.hand_written, AR1, 64)
-    mapped = lambda key: jax.vmap(one)(random.split(key, 4), jnp.asarray(y))
-    batched = lambda key: filter_speed.hand_written_batch(AR1, 64, key, jnp.asarray(y))
+    mapped = jax.vmap(lambda key: jax.vmap(one)(random.split(key, 4), jnp.asarray(y)))
+    batched = jax.vmap(lambda key: filter_speed.hand_written_batch(AR1, 64, key, jnp.asarray(y)))
     for log_evidences in (mapped, batched):
-        relative = jnp.exp(jax.jit(jax.vmap(log_evidences))(random.split(random.key(2), 300)) - exact)
+        relative = np.exp(jax.jit(log_evidences)(random.split(random.key(2), 100)) - exact)
         assert abs(relative.mean() - 1) < 5 * relative.std() / np.sqrt(relative.size)
 
 

@@ -14,7 +14,7 @@ from numpyro.infer.util import log_density
 
 from models import drift_diffusion as gdd
 from numpyro_smc import FIVO, ParticleFilter, bootstrap
-from numpyro_smc.programs.sequence import read_sequence
+from numpyro_smc.programs.reading import read_sequence
 from tests.statistics_of_estimates import assert_mean, assert_unbiased_evidence
 
 Y = jnp.asarray(3.0)
@@ -152,7 +152,7 @@ def test_one_particle_is_trace_elbo_on_the_same_draws():
 
 def test_forward_and_reverse_mode_agree_and_svi_runs_in_both():
     loss = FIVO(3, resampler="systematic")
-    bound = lambda p: loss.loss(random.key(0), p, gdd.model, learned, Y)  # noqa: E731
+    bound = lambda p: loss.loss(random.key(0), p, gdd.model, learned, Y)
     params = {name: jnp.zeros(10) for name in gdd.LEARNED_PROPOSAL_PARAMS} | {"drift": jnp.asarray(0.2)}
     reverse, forward = jax.jit(jax.grad(bound))(params), jax.jit(jax.jacfwd(bound))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), reverse, forward)
@@ -216,7 +216,9 @@ def test_gradients_are_finite_with_dead_particles(gradient, num_steps, num_parti
 
 def test_all_particles_dead_gives_minus_infinity_and_finite_gradients():
     def bound(scale):
-        return -FIVO(4, resample="always").loss(random.key(0), {"scale": scale}, truncated, bootstrap(truncated), jnp.ones(3), 1e9)
+        return -FIVO(4, resample="always").loss(
+            random.key(0), {"scale": scale}, truncated, bootstrap(truncated), jnp.ones(3), 1e9
+        )
 
     value, gradient = jax.value_and_grad(bound)(1.0)
     assert value == -jnp.inf and np.isfinite(gradient)
@@ -237,7 +239,7 @@ def masked(y, present):
 
 def test_missing_values_that_are_not_numbers_leave_finite_gradients():
     y = jnp.array([0.2, jnp.nan, jnp.nan, 1.0])
-    bound = lambda level: FIVO(8).loss(random.key(0), {"level": level}, masked, bootstrap(masked), y, ~jnp.isnan(y))  # noqa: E731
+    bound = lambda level: FIVO(8).loss(random.key(0), {"level": level}, masked, bootstrap(masked), y, ~jnp.isnan(y))
     value, gradient = jax.value_and_grad(bound)(0.5)
     filled = FIVO(8).loss(random.key(0), {"level": 0.5}, masked, bootstrap(masked), jnp.nan_to_num(y), ~jnp.isnan(y))
     assert np.isfinite(gradient)
@@ -269,12 +271,16 @@ def guide_with_global(y):
 
 def test_global_latents_are_drawn_once_and_weighed_outside_the_filter():
     y = jnp.array([0.3, -0.2, 0.5])
-    sequence = read_sequence(random.key(0), with_global, guide_with_global, {"a": jnp.asarray(3.0)}, (y,), {}, user="FIVO")
+    sequence = read_sequence(
+        random.key(0), with_global, guide_with_global, {"a": jnp.asarray(3.0)}, (y,), {}, user="FIVO"
+    )
     assert set(sequence.global_values) == {"rate"} and sequence.model.particle_latents == {"x0"}
     rate = sequence.global_values["rate"]
     expected = dist.Beta(2.0, 2.0).log_prob(rate) - dist.Beta(3.0, 2.0).log_prob(rate)
     np.testing.assert_allclose(sequence.log_global_weight, expected, rtol=1e-5)
-    value, gradient = jax.value_and_grad(lambda a: FIVO(64).loss(random.key(0), {"a": a}, with_global, guide_with_global, y))(3.0)
+    value, gradient = jax.value_and_grad(
+        lambda a: FIVO(64).loss(random.key(0), {"a": a}, with_global, guide_with_global, y)
+    )(3.0)
     assert np.isfinite(value) and np.isfinite(gradient) and gradient != 0.0
 
 
@@ -295,7 +301,9 @@ def test_a_plate_of_series_is_a_sum_of_independent_bounds_and_subsampling_scales
 
     sequence = read_sequence(random.key(0), model, None, {}, (y,), {})
     assert sequence.plates.scale == 2.0 and sequence.batch_shape == (3,)
-    estimates = jax.vmap(lambda k: -FIVO(2000, resample="never").loss(k, {}, model, bootstrap(model), y))(random.split(random.key(0), 20))
+    estimates = jax.vmap(lambda k: -FIVO(2000, resample="never").loss(k, {}, model, bootstrap(model), y))(
+        random.split(random.key(0), 20)
+    )
     exact = 2.0 * dist.Normal(0.0, jnp.sqrt(2.0)).log_prob(y).sum()
     assert abs(float(estimates.mean() - exact)) < 0.2
 

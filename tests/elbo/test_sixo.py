@@ -17,7 +17,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO
 
 from models import drift_diffusion as gdd
 from numpyro_smc import FIVO, SIXO, ParticleFilter, alternating, bootstrap, gauss_hermite, twist
-from numpyro_smc.programs.sequence import read_sequence
+from numpyro_smc.programs.reading import read_sequence
 from tests.statistics_of_estimates import assert_mean, assert_unbiased_evidence
 
 Y = jnp.asarray(3.0)
@@ -26,7 +26,9 @@ LOG_EVIDENCE = -5.026977
 
 
 def values_of(loss, guide, num_keys, params=DRIFT):
-    return jax.jit(jax.vmap(lambda key: -loss.loss(key, params, gdd.model, guide, Y)))(random.split(random.key(0), num_keys))
+    return jax.jit(jax.vmap(lambda key: -loss.loss(key, params, gdd.model, guide, Y)))(
+        random.split(random.key(0), num_keys)
+    )
 
 
 @pytest.mark.parametrize("num_particles", [1, 4, 100])
@@ -123,7 +125,7 @@ def test_the_twist_ends_with_each_series_of_a_padded_plate():
     y = random.normal(random.key(0), (4, 2))
     present = jnp.array([[True, True], [True, True], [True, False], [True, False]])
     sequence = read_sequence(random.key(0), local_level, twisted_level, {}, (y, present), {})
-    np.testing.assert_array_equal(sequence.look_ahead(), [[True, True], [True, False], [True, False], [False, False]])
+    np.testing.assert_array_equal(sequence.look_ahead, [[True, True], [True, False], [True, False], [False, False]])
     twisted = ParticleFilter(local_level, 64, guide=twisted_level, resample="always")
     plain = ParticleFilter(local_level, 4096)
     estimates = jax.jit(jax.vmap(lambda k: twisted.log_evidence(k, y, present)))(random.split(random.key(1), 3000))
@@ -189,7 +191,10 @@ def test_taking_turns_trains_one_group_at_a_time():
         state, loss = update(state, Y)
         after = svi.get_params(state)
         assert np.isfinite(loss)
-        changed = {n: any(np.any(a != b) for a, b in zip(jax.tree.leaves(before[n]), jax.tree.leaves(after[n]), strict=True)) for n in after}
+        changed = {
+            n: any(np.any(a != b) for a, b in zip(jax.tree.leaves(before[n]), jax.tree.leaves(after[n]), strict=True))
+            for n in after
+        }
         moved.append((changed["drift"], changed["twist_mlp$params"]))
     assert moved == [(True, False), (True, False), (False, True), (True, False)]
     assert update._cache_size() == 1
@@ -257,7 +262,9 @@ def test_other_losses_and_predictive_ignore_the_twist():
     assert set(draws) == {"x"} and draws["x"].shape == (2, 5)
     params = svi.get_params(state)
     ignored = FIVO(4).loss(random.key(0), params, series_model, flax_guide, y)
-    np.testing.assert_array_equal(ignored, SIXO(4).loss(random.key(0), params, series_model, flax_guide, y))  # zero twist
+    np.testing.assert_array_equal(
+        ignored, SIXO(4).loss(random.key(0), params, series_model, flax_guide, y)
+    )  # zero twist
 
 
 def test_quadrature_is_the_gaussian_convolution_for_gaussian_likelihoods():
@@ -301,4 +308,6 @@ def test_density_ratio_training_refuses_models_that_read_the_data_past_the_obser
         scan(step, 0.0, y)
 
     with pytest.raises(ValueError, match="reads the data directly.*returns instead"):
-        SIXO(2, twist_training="dre").loss(random.key(0), {"twist_weight": jnp.asarray(0.0)}, autoregressive_on_data, guide, jnp.ones(3))
+        SIXO(2, twist_training="dre").loss(
+            random.key(0), {"twist_weight": jnp.asarray(0.0)}, autoregressive_on_data, guide, jnp.ones(3)
+        )

@@ -32,7 +32,7 @@ from models import vrnn
 
 
 class Exact(NamedTuple):
-    """What is known of a program: its log evidence ``[*batch]``, filtering means by site, the answer's standard error."""
+    """A program's log evidence ``[*batch]``, its filtering means by site, and the answer's own standard error."""
 
     log_evidence: Any
     means: dict[str, np.ndarray] = {}  # noqa: RUF012
@@ -44,7 +44,7 @@ def kalman(y, m0, p0, a, q, c, r, *, b=0.0, d=0.0, mask=None) -> tuple[float, np
 
     Scalars stand for 1 x 1 matrices; what is callable is a function of ``t``.
     """
-    at = lambda value, t: np.asarray(value(t) if callable(value) else value, float)  # noqa: E731
+    at = lambda value, t: np.asarray(value(t) if callable(value) else value, float)
     mean, covariance = np.atleast_1d(np.asarray(m0, float)), np.atleast_2d(np.asarray(p0, float))
     total, means = 0.0, []
     for t, y_t in enumerate(np.asarray(y, float)):
@@ -615,7 +615,7 @@ def exact_vrnn(num_draws: int = 20_000, num_runs: int = 30) -> Exact:
     params = jax.tree.map(lambda x: np.asarray(x, float), vrnn_params())
     cell, prior, emit = (params[f"{name}$params"] for name in ("transition_rnn", "prior_net", "emission_net"))
     rng = np.random.default_rng(0)
-    sigmoid = lambda a: 1 / (1 + np.exp(-a))  # noqa: E731
+    sigmoid = lambda a: 1 / (1 + np.exp(-a))
 
     def network(net, inputs):
         hidden = np.maximum(inputs @ net.layers[0].weight.T + net.layers[0].bias, 0)
@@ -705,13 +705,17 @@ def exact_hierarchical():
     return Exact(np.array([f[0] for f in found]), {"x": np.stack([f[1][:, 0] for f in found], 1)})
 
 
-def exact_hierarchy_of_globals(tau: float) -> float:
-    """Log evidence with mu and the offsets integrated out: one Gaussian state of mu, offsets and x."""
+def exact_hierarchy(y) -> float:
+    """Log evidence with every latent integrated out: one Gaussian state of offsets and x, given tau; then quadrature."""
     ones, eye, none = np.ones((3, 1)), np.eye(3), np.zeros((3, 3))
-    start = np.block([[ones, tau * eye, none], [2 * ones, none, eye]]) @ np.diag([0.5] + [1.0] * 6)
-    a = np.block([[eye, none], [none, 0.8 * eye]])
-    q = np.diag([0.0] * 3 + [0.25] * 3)
-    return kalman(SERIES_DATA, np.zeros(6), start @ start.T, a, q, np.hstack([eye, eye]), 0.36 * eye)[0]
+    a, q = np.block([[eye, none], [none, 0.8 * eye]]), np.diag([0.0] * 3 + [0.25] * 3)
+
+    def given(tau):
+        start = np.block([[ones, tau * eye, none], [2 * ones, none, eye]]) @ np.diag([0.5] + [1.0] * 6)
+        return kalman(y, np.zeros(6), start @ start.T, a, q, np.hstack([eye, eye]), 0.36 * eye)[0]
+
+    taus = np.linspace(0, 5, 201)[1:] - 0.0125
+    return logsumexp([given(tau) + stats.halfnorm.logpdf(tau) for tau in taus]) + np.log(0.025)
 
 
 PROGRAMS["hierarchy over series"] = UserProgram(
@@ -901,7 +905,7 @@ def exact_likelihood_after():
 
 
 def exact_likelihood_after_in_plate():
-    c = lambda t: COVARIATES[t]  # noqa: E731
+    c = lambda t: COVARIATES[t]
     log_evidence, means = kalman(LEVEL_DATA, [0, 0], 0 * np.eye(2), 0.9 * np.eye(2), 0.25 * np.eye(2), c, 0.36, d=0.3)
     return Exact(log_evidence, {"z": means})
 

@@ -11,6 +11,7 @@ from jax import Array, lax, random
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_smc.filtering.smoothing.genealogy import draw_final, take
+from numpyro_smc.programs.replay import replay_step, step_latents, transition_density
 from numpyro_smc.programs.sequence import Sequence
 
 
@@ -43,7 +44,7 @@ def sample_paths(
         {k: history.initial[k] for k in ("cloud", "log_weights")},
         {k: history.steps[k] for k in ("cloud", "log_weights")},
     )
-    latents = sequence.step_latents()
+    latents = step_latents(sequence)
 
     def back(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], Any]:
         rng_key, index = carry
@@ -53,7 +54,7 @@ def sample_paths(
         future = {name: chosen[name] for name in latents}
 
         def density(particles: Any, future: dict[str, Array]) -> Array:
-            return sequence.transition_density(t, x, particles, earlier["cloud"].shared, future)
+            return transition_density(sequence, t, x, particles, earlier["cloud"].shared, future)
 
         particles, log_weights = earlier["cloud"].particles, earlier["log_weights"]
         if num_mcmc_steps == 0:
@@ -93,11 +94,11 @@ def check_markov(sequence: Sequence, history: Any) -> None:
     """
     cloud = jax.tree.map(lambda leaf: leaf[0, 0], history.steps["cloud"].particles)
     shared = jax.tree.map(lambda leaf: leaf[0], history.steps["cloud"].shared)
-    values = {name: history.steps["values"][name][0, 0] for name in sequence.step_latents()}
+    values = {name: history.steps["values"][name][0, 0] for name in step_latents(sequence)}
     x = jax.tree.map(lambda leaf: leaf[0], sequence.inputs()["model"])
 
     def carry(past: Any, future: Any) -> Any:
-        return sequence.replay_step(jnp.asarray(0), x, past, shared, future)[0]
+        return replay_step(sequence, jnp.asarray(0), x, past, shared, future)[0]
 
     uses = eval_provenance(carry, past=cloud, future=values)
     if any("past" in found for found in jax.tree.leaves(uses, is_leaf=lambda leaf: isinstance(leaf, frozenset))):

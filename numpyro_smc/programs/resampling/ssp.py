@@ -34,7 +34,7 @@ def ssp(rng_key: Array, log_weights: Array, num_samples: int) -> Array:
     particles = jnp.arange(size, dtype=jnp.int32)
     uniforms = jax.random.uniform(rng_key, (size,), weights.dtype)
 
-    def meet(unsettled: tuple[Array, Array], entering: tuple[Array, Array, Array]):
+    def meet(unsettled: tuple[Array, Array], entering: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], Array]:
         (first, x), (following, y, u) = unsettled, entering
         both = x + y
         rounds_up = both >= 1
@@ -47,6 +47,7 @@ def ssp(rng_key: Array, log_weights: Array, num_samples: int) -> Array:
     (last, fraction), rounded_up = lax.scan(meet, nobody, (particles, expected - whole, uniforms))
     offspring = whole.astype(jnp.int32).at[rounded_up].add(1, mode="drop")
     offspring = offspring.at[last].add(fraction > 0.5)  # zero or one, but for rounding
-    offspring = offspring.at[jnp.argmax(weights)].add(num_samples - offspring.sum(dtype=jnp.int32))  # zero, unless rounding adds up
+    missing = num_samples - offspring.sum(dtype=jnp.int32)  # zero, unless rounding adds up
+    offspring = offspring.at[jnp.argmax(weights)].add(missing)
     ancestors = jnp.repeat(particles, offspring, total_repeat_length=num_samples)
     return identity_unless_alive(ancestors, weights, total)

@@ -1,0 +1,65 @@
+"""The log evidence of a sequence model by a particle filter, for evaluation with many particles."""
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+from jax import Array
+
+from numpyro_smc.filtering.filter import ParticleFilter
+from numpyro_smc.programs.resample import Decision
+from numpyro_smc.programs.resampling import Scheme
+from numpyro_smc.programs.sequence import Program
+
+
+def log_evidence(
+    rng_key: Array,
+    model: Program,
+    params: dict[str, Any],
+    *args: Any,
+    num_particles: int = 1000,
+    guide: Program | None = None,
+    batch_size: int | None = None,
+    resampler: str | Scheme = "multinomial",
+    resample: str | Decision = "ess",
+    ess_threshold: float = 0.5,
+    **kwargs: Any,
+) -> Array:
+    r"""Log evidence of a sequence model at given parameters, by a particle filter without history.
+
+    :math:`e^{\text{value}}` is an unbiased estimate of :math:`p(y \mid \theta)`.
+
+    :param params: values of ``param`` sites and of global latents.
+    :param args: arguments of the model.
+    :param batch_size: move particles in chunks of this size, so that a step's memory stays bounded; must divide
+        ``num_particles``.
+    :return: scalar, or ``[*batch]`` under plates that enclose the program. Memory O(N), independent of T.
+    :raises FloatingPointError: if all weights vanish or are not a number.
+    """
+    particle_filter = _evidence_filter(model, num_particles, guide, resampler, resample, ess_threshold, batch_size)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((rng_key, params, args, kwargs))):
+        return particle_filter.log_evidence(rng_key, *args, params=params, **kwargs)
+    return particle_filter.run(rng_key, *args, params=params, **kwargs).log_evidence
+
+
+@lru_cache(maxsize=32)
+def _evidence_filter(
+    model: Program,
+    num_particles: int,
+    guide: Program | None,
+    resampler: Any,
+    resample: Any,
+    ess_threshold: float,
+    batch_size: int | None,
+) -> ParticleFilter:
+    # Kept, so that a second call finds its compiled program.
+    return ParticleFilter(
+        model,
+        num_particles,
+        guide=guide,
+        resampler=resampler,
+        resample=resample,
+        ess_threshold=ess_threshold,
+        history=False,
+        batch_size=batch_size,
+    )

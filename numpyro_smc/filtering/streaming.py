@@ -1,0 +1,101 @@
+"""Filtering one observation at a time, with memory that does not grow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, random
+from numpyro import handlers
+
+from numpyro_smc.engines.particles import ParticleState, advance, initialise, step_keys
+from numpyro_smc.programs.sequence import Sequence
+
+if TYPE_CHECKING:
+    from numpyro_smc.filtering.filter import ParticleFilter
+
+
+class FilterState(NamedTuple):
+    """A running filter, between two observations; a pytree of arrays.
+
+    - **rng_key** - the run's key. **t** - number of observations taken in.
+    - **particles** - the particles and their log weights (of mean one).
+    - **log_evidence** - log evidence of the observations so far; **increment** - the last one's share.
+    - **ess** - effective sample size after the last observation. **values** - its step's sites, ``[N, ...]``.
+    - **program** - params, args and kwargs the run was started with.
+    """
+
+    rng_key: Array
+    t: Array
+    particles: ParticleState
+    log_evidence: Array
+    increment: Array
+    ess: Array
+    values: dict[str, Array]
+    program: Any
+
+
+def start(particle_filter: ParticleFilter, rng_key: Array, params: Any, args: Any, kwargs: Any) -> FilterState:
+    """The initial particles of a stream, with the keys that a run over the whole series would use."""
+    read_key, run_key = random.split(rng_key)
+    sequence = _read(particle_filter, read_key, params, args, kwargs, {})
+    init_key, _ = random.split(run_key)
+    state, info, _ = initialise(init_key, sequence, particle_filter.num_particles)
+    zero = jnp.asarray(0)
+
+    def first_values() -> dict[str, Array]:
+        return advance(step_keys(run_key, zero), sequence, None, state, zero, _first_inputs(sequence))[2].values
+
+    values = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first_values))
+    return FilterState(rng_key, zero, state, info.increment, info.increment, info.ess, values, None)
+
+
+def take_in(
+    particle_filter: ParticleFilter,
+    state: FilterState,
+    program: tuple[Any, Any, Any],
+    x: Any,
+    guide_x: Any,
+    data: dict[str, Any],
+) -> FilterState:
+    """One step of a stream. Twists look ahead and are left out."""
+    read_key, run_key = random.split(state.rng_key)
+    params, args, kwargs = program
+    sequence = _read(particle_filter, read_key, params, args, kwargs, data)
+    inputs = {"model": x, "guide": None if sequence.guide is None else guide_x, "look ahead": None}
+    expected = _first_inputs(sequence)
+    if str(jax.tree.structure(inputs)) != str(jax.tree.structure(expected)):
+        raise ValueError(
+            f"ParticleFilter.update: the scan's body receives {jax.tree.map(jnp.shape, expected['model'])} at each step "
+            f"but was given {jax.tree.map(jnp.shape, x)}. Pass one slice of the model's xs."
+        )
+    _, step_key = random.split(run_key)
+    keys = step_keys(step_key, state.t)
+    particles, info, move = advance(keys, sequence, particle_filter.resampling, state.particles, state.t, inputs)
+    return state._replace(
+        t=state.t + 1,
+        particles=particles,
+        log_evidence=state.log_evidence + info.increment,
+        increment=info.increment,
+        ess=info.ess,
+        values=move.values,
+    )
+
+
+def _read(
+    particle_filter: ParticleFilter, rng_key: Array, params: Any, args: Any, kwargs: Any, data: dict[str, Any]
+) -> Sequence:
+    model = handlers.condition(particle_filter.model, data=data) if data else particle_filter.model
+    sequence = particle_filter.read(rng_key, params, args, kwargs, model)
+    if sequence.after is not None:
+        raise NotImplementedError(
+            "ParticleFilter.update: the likelihood stands after the scan, where single observations cannot be given. "
+            "Move it into the step to stream."
+        )
+    sequence.twisted = False
+    return sequence
+
+
+def _first_inputs(sequence: Sequence) -> Any:
+    return jax.tree.map(lambda x: x[0], sequence.inputs())

@@ -1,0 +1,158 @@
+"""Reading a sequence model and its guide: which latents are global, which plates enclose everything, what comes after."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, random
+from numpyro import handlers
+
+from numpyro_smc.programs import path_guide
+from numpyro_smc.programs.after_scan import read_after_scan
+from numpyro_smc.programs.bootstrap import Bootstrap
+from numpyro_smc.programs.draws import CloudDraws
+from numpyro_smc.programs.halves import global_latents, read_half
+from numpyro_smc.programs.replay import look_ahead
+from numpyro_smc.programs.scans import Fixed, Trace, run_prefix
+from numpyro_smc.programs.sequence import Program, Sequence
+from numpyro_smc.programs.sites import (
+    BatchPlates,
+    enclosing_plates,
+    is_latent,
+    log_density,
+    plate_indices,
+    plate_scales,
+)
+
+
+def read_sequence(
+    rng_key: Array,
+    model: Program,
+    guide: Program | None,
+    params: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    user: str = "ParticleFilter",
+    given_globals: bool = True,
+) -> Sequence:
+    """Read a sequence model and its guide. Global latents are drawn here, once.
+
+    :param rng_key: key for the global latents.
+    :param guide: an ordinary guide, a :class:`Bootstrap` guide, or ``None`` for the model's own transition.
+    :param params: values of ``param`` sites, and of global latents that are given rather than proposed.
+    :param user: name of the calling class, for error messages.
+    :param given_globals: without a guide, whether global latents must be given (else they are drawn from their prior).
+    :raises ValueError: naming the site, for every program that cannot be filtered.
+    """
+    if isinstance(guide, Bootstrap):
+        guide, given_globals = None, False
+    guide_key, model_key = random.split(rng_key)
+    bound_model = handlers.substitute(partial(model, *args, **kwargs), data=params)
+    params = jax.tree.map(jnp.asarray, params)
+    guide_trace: Trace = {}
+    guide_half, path, bound_guide = None, {}, None
+    if guide is not None:
+        bound_guide = handlers.substitute(partial(guide, *args, **kwargs), data=params)
+        guide_trace, guide_scan = run_prefix(bound_guide, CloudDraws(guide_key))
+        if guide_scan is not None:
+            guide_half = read_half(bound_guide, guide_trace, guide_scan)
+            read_after_scan(bound_guide, guide_half, args, kwargs, is_guide=True, user=user)
+    proposed = {name: site["value"] for name, site in guide_trace.items() if is_latent(site)}
+    prefix, scan = run_prefix(bound_model, CloudDraws(model_key), Fixed(proposed, plate_indices(guide_trace)))
+    if scan is None:
+        raise ValueError(
+            f"{user}: the model has no numpyro.contrib.control_flow.scan (outside of plates and not hidden by a block handler), so "
+            f"there is no sequence to filter. Write the steps as scan(step, init, xs); for other models use NumPyro's ELBOs."
+        )
+    model_half = read_half(bound_model, prefix, scan)
+    if guide is not None and guide_half is None:
+        path = path_guide.read_path(guide_trace, model_half.step_sites, scan.length, user)
+        guide_trace = {name: site for name, site in guide_trace.items() if name not in path}
+    if guide_half is not None and guide_half.scan.length != scan.length:
+        raise ValueError(
+            f"{user}: the guide's scan has {guide_half.scan.length} steps, the model's has {scan.length}. Make them equal."
+        )
+    sequence = Sequence(user, model_half, guide_half, path, bound_guide, guide_trace)
+    _read_globals(sequence, guide is not None, given_globals)
+    sequence.after = read_after_scan(bound_model, model_half, args, kwargs, is_guide=False, user=user)
+    _read_plates(sequence)
+    sequence.log_global_weight = _log_global_weight(sequence)
+    if sequence.twisted:
+        sequence.look_ahead = look_ahead(sequence)
+    return sequence
+
+
+def _read_globals(sequence: Sequence, has_guide: bool, given_globals: bool) -> None:
+    model, guide, user = sequence.model, sequence.guide, sequence.user
+    for name in sequence.guide_prefix:
+        site = sequence.guide_prefix[name]
+        if is_latent(site) and name not in model.prefix and not site["infer"].get("is_auxiliary"):
+            raise ValueError(
+                f"{user}: the guide samples site '{name}' before its scan, which the model does not. Remove it, or mark it "
+                f"infer={{'is_auxiliary': True}}."
+            )
+    halves = [model] + ([guide] if guide is not None else [])
+    names = global_latents(halves)
+    for half in halves:
+        half.settle(names)
+    if sequence.path:
+        # A path guide has no scan whose steps could use its latents; what is not an initial state of the model is global.
+        names |= {n for n, site in sequence.guide_prefix.items() if is_latent(site) and n not in model.particle_latents}
+    for name in names:
+        in_guide = name in sequence.guide_prefix
+        site = sequence.guide_prefix[name] if in_guide else model.prefix[name]
+        if not in_guide and site.get("drawn", False) and (has_guide or given_globals):
+            raise ValueError(
+                f"{user}: site '{name}' is a global latent (the scan's steps use it directly) and nothing gives or proposes it. Give "
+                f"its value in params={{'{name}': ...}}, condition the model on it, or sample '{name}' in a guide."
+            )
+        sequence.global_values[name] = site["value"]
+
+
+def _read_plates(sequence: Sequence) -> None:
+    halves = [sequence.model] + ([sequence.guide] if sequence.guide is not None else [])
+    sites = [site for half in halves for site in half.step_sites.values() if site["type"] == "sample"]
+    prefix_sites = [
+        site
+        for trace in (sequence.model.prefix, sequence.guide_prefix)
+        for name, site in trace.items()
+        if site["type"] == "sample" and name not in sequence.global_values
+    ]
+    scales: dict[str, float] = {}
+    for half in halves:
+        scales |= plate_scales(half.prefix) | plate_scales(half.step_sites)
+    global_plates = {
+        frame.name
+        for name in sequence.global_values
+        for frame in (sequence.model.prefix.get(name) or sequence.guide_prefix[name])["cond_indep_stack"]
+    }
+    used = {frame.name for site in sites + prefix_sites for frame in site["cond_indep_stack"]}
+    scales = {name: scale for name, scale in scales.items() if name in used or name not in global_plates}
+    within = None if sequence.after is None else sequence.after.plates
+    sequence.plates = enclosing_plates(sites + prefix_sites, scales, within)
+    # A scale common to every site scales the bound; other scales stay within the weights.
+    known = {site["scale"] for site in sites} | {_concrete(site["scale"]) for site in prefix_sites}
+    common = known.pop() if len(known) == 1 else None
+    if common is not None and sequence.after is None:
+        sequence.bound_scale = common / sequence.plates.scale
+
+
+def _concrete(scale: Any) -> float | None:
+    if scale is None:
+        return 1.0
+    return None if isinstance(scale, jax.core.Tracer) or jnp.ndim(scale) else float(scale)
+
+
+def _log_global_weight(sequence: Sequence) -> Array:
+    """log p - log q of the global latents; given values and draws from the prior contribute nothing."""
+    total = jnp.asarray(0.0)
+    whole = BatchPlates()
+    for name in sequence.global_values:
+        proposal = sequence.guide_prefix.get(name)
+        if proposal is not None:
+            total = total - log_density(proposal, whole)
+            if name in sequence.model.prefix:
+                total = total + log_density(sequence.model.prefix[name], whole)
+    return total

@@ -1,0 +1,87 @@
+"""Single steps of a sequence model outside the particle recursion: densities of given paths, and what is observed when."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax, random
+
+from numpyro_smc.programs.draws import CloudDraws
+from numpyro_smc.programs.halves import Half
+from numpyro_smc.programs.scans import Fixed, Trace, run_step
+from numpyro_smc.programs.sequence import Sequence
+from numpyro_smc.programs.sites import is_latent, is_observed, observed_elements, plate_indices, unmasked_value
+
+
+def step_latents(sequence: Sequence) -> list[str]:
+    """Names of the latent sites of a step."""
+    return [name for name, site in sequence.model.step_sites.items() if is_latent(site)]
+
+
+def replay_step(
+    sequence: Sequence, t: Array, x: Any, particles: Any, shared: Any, values: dict[str, Array]
+) -> tuple[list[Array], Any, Trace]:
+    """One particle's model step with its latents given.
+
+    :return: the moving part of the new carry, the output with the whole new carry, and the trace.
+    """
+    model = sequence.model
+    carry = model.merge(particles["model"], shared["model"])
+    given = Fixed(values, plate_indices(model.prefix), "the path")
+    carry, output, trace = run_step(model.scan, t, carry, x, CloudDraws(random.key(0)), given)
+    return model.split(carry)[0], (output, carry), trace
+
+
+def transition_density(
+    sequence: Sequence, t: Array, x: Any, particles: Any, shared: Any, values: dict[str, Array]
+) -> Array:
+    """Log density of a step's latents and observations given one particle of the step before, ``[*batch]``."""
+    _, (output, carry), trace = replay_step(sequence, t, x, particles, shared, values)
+    total = jnp.zeros(sequence.batch_shape)
+    for site in trace.values():
+        if site["type"] == "sample":
+            total = total + sequence.log_density(site)
+    if sequence.after is not None:
+        total = total + sequence.after.log_density(t, output, carry, sequence.global_values, sequence.plates)
+    return total
+
+
+def simulated_step(model: Half, t: int, x: Any) -> tuple[Any, Trace]:
+    """One step from the initial carry, latents drawn: for questions about sites rather than about values."""
+    carry = jax.tree.unflatten(model.carry_tree, model.carry_leaves(model.scan.init))
+    carry, _, trace = run_step(model.scan, jnp.asarray(t), carry, x, CloudDraws(random.key(0)))
+    return carry, trace
+
+
+def observed_values(model: Half, t: int) -> dict[str, Array]:
+    """Unmasked observed values of step ``t``, masked ones replaced by zero."""
+    _, trace = simulated_step(model, t, jax.tree.map(lambda leaf: leaf[t], model.scan.inputs()))
+    return {name: unmasked_value(site) for name, site in trace.items() if is_observed(site)}
+
+
+def look_ahead(sequence: Sequence) -> Array:
+    """For each step and problem, whether any unmasked observation follows it: bool ``[T, *batch]``.
+
+    Where masks depend on particles, or the likelihood stands after the scan, every step counts as observed.
+    """
+    observed = jnp.ones((sequence.length, *sequence.batch_shape), bool)
+    if sequence.model.masks_are_fixed and sequence.after is None:
+        observed = _observed_per_step(sequence)
+    later = jnp.flip(lax.cummax(jnp.flip(observed.astype(jnp.int32), 0), axis=0), 0)
+    return jnp.concatenate([later[1:], jnp.zeros_like(later[:1])]) > 0
+
+
+def _observed_per_step(sequence: Sequence) -> Array:
+    model, batch_shape = sequence.model, sequence.batch_shape
+    moving, still = model.split(model.scan.init)
+
+    def observe(still: list[Array], inputs: tuple[Array, Any]) -> tuple[list[Array], Array]:
+        t, x = inputs
+        carry, _, trace = run_step(model.scan, t, model.merge(moving, still), x, CloudDraws(random.key(0)))
+        seen = jnp.zeros(batch_shape, bool)
+        for site in trace.values():
+            if is_observed(site):
+                seen = seen | observed_elements(site, sequence.plates)
+        return model.split(carry)[1], seen
+
+    return lax.scan(observe, still, (jnp.arange(sequence.length), model.scan.inputs()))[1]
