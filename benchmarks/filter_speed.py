@@ -39,9 +39,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-if (
-    __name__ == "__main__"
-):  # before jax reads the flags and sizes its thread pools, whose idle threads cost CPU time too
+if __name__ == "__main__":
+    # Before jax reads the flags and sizes its thread pools: idle threads cost CPU time as well.
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     ).strip()

@@ -108,7 +108,7 @@ class ParticleFilter:
 
         :param rng_key: random key.
         :param args: arguments of the model (and of the guide).
-        :param params: values of ``param`` sites and of global latents.
+        :param params: values of ``param`` sites, and of latents to condition on (they add nothing to the weights).
         :return: the evidence, weights, particles and ancestors, with methods for smoothing and forecasts.
         :raises FloatingPointError: if all weights are zero or not a number at some step, naming the step and the sites.
         """

@@ -14,7 +14,7 @@ from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.draws import CloudDraws
-from numpyro_smc.programs.halves import Half
+from numpyro_smc.programs.halves import Half, Overwrite
 from numpyro_smc.programs.scans import Fixed, Scan, Trace, run_step
 from numpyro_smc.programs.sites import BatchPlates, is_latent, log_density
 
@@ -41,11 +41,11 @@ class AfterScan:
         if self.split:
             sliced = jax.tree.map(lambda x: jnp.asarray(x)[t][None] if _is_series(x, self.length) else x, self.args)
             outputs = jax.tree.map(lambda x: jnp.asarray(x)[None], output)
-            after = _run_after(self.program, sliced, outputs, carry, self.length, fixed, t, set(plates.names))
+            after = _run_after(self.program, sliced, outputs, carry, self.length, Fixed(fixed), t, set(plates.names))
             total = total + sum(log_density(after[name], plates) for name in self.split)
         if self.last:
             outputs = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.length, *jnp.shape(x))), output)
-            after = _run_after(self.program, self.args, outputs, carry, self.length, fixed, None, set(plates.names))
+            after = _run_after(self.program, self.args, outputs, carry, self.length, Fixed(fixed), None, set(plates.names))
             factor = sum(log_density(after[name], plates) for name in self.last)
             total = total + jnp.where(t == self.length - 1, factor, 0.0)
         return total
@@ -62,7 +62,7 @@ def read_after_scan(
     output, last_carry = _output_shapes(half)
 
     def rest(outputs: Any, carry: Any, **latents: Array) -> dict[str, Array]:
-        after = _run_after(program, None, outputs, carry, half.scan.length, latents, None, set())
+        after = _run_after(program, None, outputs, carry, half.scan.length, Overwrite(latents), None, set())
         for name, site in after.items():
             if is_latent(site):
                 names.append(name)
@@ -74,7 +74,7 @@ def read_after_scan(
     names: list[str] = []
     observed: list[str] = []
     frames: list[frozenset[str]] = []
-    initial = {name: half.prefix[name]["value"] for name in half.particle_latents}
+    initial = {name: half.prefix[name]["value"] for name in half.latents}
     uses = eval_provenance(rest, outputs=output, carry=last_carry, **initial)
     if names:
         raise ValueError(
@@ -86,6 +86,9 @@ def read_after_scan(
     split, last = [], []
     for name in observed:
         deps = frozenset().union(*jax.tree.leaves(uses[name], is_leaf=lambda x: isinstance(x, frozenset)))
+        # What the likelihood uses other than through the scan cannot belong to a particle.
+        half.reach |= deps & half.latents
+        deps -= half.latents
         if deps == {"carry"}:
             last.append(name)
         elif deps == {"outputs"}:
@@ -159,12 +162,12 @@ def _run_after(
     outputs: Any,
     carry: Any,
     length: int,
-    fixed: Any,
+    given: Fixed,
     t: Array | None,
     keep: set[str],
 ) -> Trace:
     passing = _PassScan(outputs, carry)
-    draws, given = CloudDraws(random.key(0)), Fixed(fixed)
+    draws = CloudDraws(random.key(0))
     slicing = Messenger() if t is None else _SliceTime(t, length, keep, passing)
     with handlers.block(), handlers.trace() as trace, draws, given, passing, slicing:
         program() if arguments is None else program(*arguments)

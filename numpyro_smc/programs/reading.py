@@ -41,7 +41,8 @@ def read_sequence(
 
     :param rng_key: key for the global latents.
     :param guide: an ordinary guide, a :class:`Bootstrap` guide, or ``None`` for the model's own transition.
-    :param params: values of ``param`` sites, and of global latents that are given rather than proposed.
+    :param params: values of ``param`` sites, and of latents to condition on: those contribute nothing to the weights,
+        wherever they stand and whoever samples them.
     :param user: name of the calling class, for error messages.
     :param given_globals: without a guide, whether global latents must be given (else they are drawn from their prior).
     :raises ValueError: naming the site, for every program that cannot be filtered.
@@ -75,8 +76,9 @@ def read_sequence(
             f"{user}: the guide's scan has {guide_half.scan.length} steps, the model's has {scan.length}. Make them equal."
         )
     sequence = Sequence(user, model_half, guide_half, path, bound_guide, guide_trace)
-    _read_globals(sequence, guide is not None, given_globals)
+    sequence.given = frozenset(params)
     sequence.after = read_after_scan(bound_model, model_half, args, kwargs, is_guide=False, user=user)
+    _read_globals(sequence, guide is not None, given_globals)
     _read_plates(sequence)
     sequence.log_global_weight = _log_global_weight(sequence)
     if sequence.twisted:
@@ -149,7 +151,7 @@ def _log_global_weight(sequence: Sequence) -> Array:
     """log p - log q of the global latents; given values and draws from the prior contribute nothing."""
     total = jnp.asarray(0.0)
     whole = BatchPlates()
-    for name in sequence.global_values:
+    for name in sequence.global_values.keys() - sequence.given:
         proposal = sequence.guide_prefix.get(name)
         if proposal is not None:
             total = total - log_density(proposal, whole)

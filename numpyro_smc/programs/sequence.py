@@ -74,6 +74,7 @@ class Sequence:
         self.after: AfterScan | None = None
         self.log_global_weight = jnp.asarray(0.0)
         self.global_values: dict[str, Array] = {}
+        self.given: frozenset[str] = frozenset()
         self.plates = BatchPlates()
         self.bound_scale = 1.0
         self.gradient_of_draws = "ignore"
@@ -263,6 +264,8 @@ class Sequence:
     def _log_weight_of(self, site: Any, proposal: Any) -> tuple[Array, Array]:
         """A model site's contribution to the log weight, and to the score of the draws."""
         nothing = jnp.zeros(self.batch_shape)
+        if site["name"] in self.given and not site["is_observed"]:
+            return nothing, nothing
         if not site.get("drawn", False):
             log_p = self.log_density(site)
             if proposal is None or site["is_observed"]:

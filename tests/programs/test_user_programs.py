@@ -90,7 +90,9 @@ def test_log_weights_are_numpyros_own_densities(name):
         return joint - log_density(program.guide, program, values, False, program.params)
 
     found = (result.log_weights[-1] + result.log_evidence).reshape(2, -1).sum(1)
-    np.testing.assert_allclose(program.scale * found, jax.jit(jax.vmap(expected))(paths(result)), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(
+        program.scale * found, jax.jit(jax.vmap(expected, axis_size=2))(paths(result)), rtol=1e-4, atol=1e-3
+    )
 
 
 @every_program

@@ -644,7 +644,9 @@ def exact_vrnn(num_draws: int = 20_000, num_runs: int = 30) -> Exact:
 VRNN_PARAMS = vrnn_params()
 # An untrained proposal, widened so that its weights have a variance.
 VRNN_PARAMS["proposal_net$params"] = eqx.tree_at(
-    lambda net: net.layers[-1].bias, VRNN_PARAMS["proposal_net$params"], replace_fn=lambda bias: bias + 1.0
+    lambda net: net.layers[-1].bias,
+    VRNN_PARAMS["proposal_net$params"],
+    replace_fn=lambda bias: bias + jnp.array([0.0, 1.5]),
 )
 PROGRAMS["variational recurrent network"] = UserProgram(
     VRNN_MODEL,
@@ -706,7 +708,7 @@ def exact_hierarchical():
 
 
 def exact_hierarchy(y) -> float:
-    """Log evidence with every latent integrated out: one Gaussian state of offsets and x, given tau; then quadrature."""
+    """Log evidence with every latent integrated out: one Gaussian state of offsets and x given tau, then quadrature."""
     ones, eye, none = np.ones((3, 1)), np.eye(3), np.zeros((3, 3))
     a, q = np.block([[eye, none], [none, 0.8 * eye]]), np.diag([0.0] * 3 + [0.25] * 3)
 
@@ -864,7 +866,7 @@ PROGRAMS["counter in the carry"] = UserProgram(
 
 def walk(scale, T):
     def step(z, _):
-        z = numpyro.sample("z", dist.Normal(0.9 * z, scale).to_event(1))
+        z = numpyro.sample("z", dist.Normal(0.5 * z, scale).to_event(1))
         return z, z
 
     return scan(step, jnp.zeros(2), None, length=T)
@@ -896,17 +898,17 @@ def walk_guide(y, T=None):
     """The path of z as one factorised site."""
     T = len(y) if T is None else T
     loc = numpyro.param("loc", 0.2 * jnp.ones((T, 2)))
-    numpyro.sample("z", dist.Normal(loc, 0.7).to_event(2))
+    numpyro.sample("z", dist.Normal(loc, 0.9).to_event(2))
 
 
 def exact_likelihood_after():
-    log_evidence, means = kalman(LEVEL_DATA, [0, 0], 0 * np.eye(2), 0.9 * np.eye(2), 0.25 * np.eye(2), [1, -0.5], 0.36)
+    log_evidence, means = kalman(LEVEL_DATA, [0, 0], 0 * np.eye(2), 0.5 * np.eye(2), 0.25 * np.eye(2), [1, -0.5], 0.36)
     return Exact(log_evidence, {"z": means})
 
 
 def exact_likelihood_after_in_plate():
     c = lambda t: COVARIATES[t]
-    log_evidence, means = kalman(LEVEL_DATA, [0, 0], 0 * np.eye(2), 0.9 * np.eye(2), 0.25 * np.eye(2), c, 0.36, d=0.3)
+    log_evidence, means = kalman(LEVEL_DATA, [0, 0], 0 * np.eye(2), 0.5 * np.eye(2), 0.25 * np.eye(2), c, 0.36, d=0.3)
     return Exact(log_evidence, {"z": means})
 
 
@@ -914,7 +916,7 @@ LAST_DATA = np.array([0.7, -0.9], np.float32)
 
 
 def exact_likelihood_of_last():
-    variance = 0.25 * sum(0.81**k for k in range(6)) + 0.36
+    variance = 0.25 * sum(0.25**k for k in range(6)) + 0.36
     return Exact(stats.norm(0, np.sqrt(variance)).logpdf(LAST_DATA).sum())
 
 
@@ -925,7 +927,7 @@ PROGRAMS["likelihood after the scan, path guide"] = UserProgram(
     likelihood_after,
     exact_likelihood_after,
     (LEVEL_DATA,),
-    params={"scale": 0.5, "loc": np.stack([0.5 * LEVEL_DATA, -0.25 * LEVEL_DATA], -1)},
+    params={"scale": 0.5, "loc": np.stack([0.3 * LEVEL_DATA, -0.15 * LEVEL_DATA], -1)},
     guide=walk_guide,
     num_particles=256,
 )
