@@ -1,4 +1,6 @@
-"""What every benchmark prints and writes: machine, versions and settings beside each figure, a table, a CSV and a JSON."""
+"""What every benchmark prints and writes: machine, versions and settings beside each figure,
+a table, a CSV and a JSON.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Assertions about Monte Carlo estimates. A false alarm at five standard errors has probability 6e-7 under normality."""
+"""Assertions about Monte Carlo estimates.
+
+A false alarm at five standard errors has probability 6e-7 under normality.
+"""
 
 import numpy as np
 

@@ -30,8 +30,8 @@ def twist_loss(
 ) -> Array:
     r"""Binary cross-entropy of the classifier with logit :math:`\log r_t(x_t, y)`, averaged over series and steps.
 
-    Positives are simulated pairs of latents and observations; negatives are latents of other simulated series beside the
-    same observations. Steps with no observation after them do not count.
+    Positives are simulated pairs of latents and observations; negatives are latents of other simulated series beside
+    the same observations. Steps with no observation after them do not count.
 
     :param sequence: the program as read on the real data; its global latents are held.
     :param num_series: number of simulated series of each kind.
@@ -42,8 +42,8 @@ def twist_loss(
     names = [name for name, site in sequence.model.step_sites.items() if is_observed(site)]
     if sequence.after is not None or not names:
         raise ValueError(
-            "SIXO: twist_training='dre' simulates the observations inside the scan's step, and the model has none there. Move the "
-            "likelihood into the step."
+            "SIXO: twist_training='dre' simulates the observations inside the scan's step, and the model has none "
+            "there. Move the likelihood into the step."
         )
     start, path = simulate(positive_key, model, held, args, kwargs, num_series)
     other_start, other_path = simulate(negative_key, model, held, args, kwargs, num_series)
@@ -127,8 +127,9 @@ def _as_argument(values: Values, args: tuple[Any, ...]) -> Any:
         return {name: _like(values[name], original[name], name) for name in original}
     if len(values) != 1 or not hasattr(original, "shape"):
         raise ValueError(
-            f"SIXO: twist_training='dre' runs the guide on simulated observations, so the first argument of model and guide must be the "
-            f"observations: an array, or a dict of arrays by site name (observed sites: {sorted(values)}; got {type(original).__name__})."
+            f"SIXO: twist_training='dre' runs the guide on simulated observations, so the first argument of model and "
+            f"guide must be the observations: an array, or a dict of arrays by site name (observed sites: "
+            f"{sorted(values)}; got {type(original).__name__})."
         )
     ((name, value),) = values.items()
     return _like(value, original, name)
@@ -143,8 +144,8 @@ def _like(value: Array, original: Any, name: str) -> Array:
     if value.ndim > 1 and jnp.swapaxes(value, 0, 1).shape == shape:
         return jnp.swapaxes(value, 0, 1)
     raise ValueError(
-        f"SIXO: site '{name}' is simulated with shape {value.shape} but the observations given have shape {shape}. Give them with time "
-        f"on the leading axis (or without a time axis when only the last step is observed)."
+        f"SIXO: site '{name}' is simulated with shape {value.shape} but the observations given have shape {shape}. "
+        f"Give them with time on the leading axis (or without a time axis when only the last step is observed)."
     )
 
 
@@ -167,6 +168,6 @@ def _check_data_unused(model: Program, params: dict[str, Any], args: tuple[Any, 
     for name, sets in uses.items() if uses else ():
         if any("data" in found for found in jax.tree.leaves(sets, is_leaf=lambda x: isinstance(x, frozenset))):
             raise ValueError(
-                f"SIXO: twist_training='dre' simulates from the model, but its step reads the data directly (it reaches {name}). Use the "
-                f"value that numpyro.sample(..., obs=...) returns instead of the data."
+                f"SIXO: twist_training='dre' simulates from the model, but its step reads the data directly (it "
+                f"reaches {name}). Use the value that numpyro.sample(..., obs=...) returns instead of the data."
             )

@@ -22,15 +22,16 @@ class FIVO(ELBO):
     .. math:: L_N = \mathbb E\Big[\sum_t \log \tfrac1N \sum_i w_t^i\Big] \le \log p(y), \qquad
        w_t = \frac{p(x_t \mid x_{t-1})\, p(y_t \mid x_t)}{q(x_t \mid x_{t-1}, y)} .
 
-    ``resample="never"`` gives the importance-weighted bound, and with ``num_particles=1`` the evidence lower bound. Plates
-    that enclose the whole program are independent problems: weights, resampling and bounds are per element, and
+    ``resample="never"`` gives the importance-weighted bound, and with ``num_particles=1`` the evidence lower bound.
+    Plates that enclose the whole program are independent problems: weights, resampling and bounds are per element, and
     subsampling scales the sum. Global latents are drawn once per evaluation; their :math:`\log p - \log q` is added.
     ``twist`` statements of the guide are ignored; see :class:`SIXO`.
 
-    Value: minus an unbiased estimate of :math:`L_N`. Gradient: unbiased for :math:`L_N` with ``resample="never"``, or with
-    ``resampling_gradient`` ``"score"`` or ``"score_rb"`` (large variance). With ``"none"`` the score of the ancestors is
-    dropped: biased for :math:`L_N`, low variance, and what the literature trains with. With ``"stop_gradient"`` the gradient
-    targets :math:`\nabla \log p(y)` (consistent in N) and must not be used to train proposals.
+    Value: minus an unbiased estimate of :math:`L_N`. Gradient: unbiased for :math:`L_N` with ``resample="never"``, or
+    with ``resampling_gradient`` ``"score"`` or ``"score_rb"`` (large variance). With ``"none"`` the score of the
+    ancestors is dropped: biased for :math:`L_N`, low variance, and what the literature trains with. With
+    ``"stop_gradient"`` the gradient targets :math:`\nabla \log p(y)` (consistent in N) and must not be used to train
+    proposals.
     Cost: O(NT) time; O(NT) memory in reverse mode, O(N) with ``remat=True`` plus one recomputation of each step.
 
     :param num_particles: number of particles :math:`N \ge 1`.
@@ -39,8 +40,8 @@ class FIVO(ELBO):
     :param ess_threshold: with ``"ess"``, resample when the effective sample size is at most this fraction of N.
     :param resampling_gradient: ``"none"``, ``"score"``, ``"score_rb"`` or ``"stop_gradient"``.
     :param remat: recompute each step in the backward pass to save memory.
-    :raises ValueError: for a non-positive number of particles, an unknown scheme or schedule, score terms with a scheme or
-        schedule they are wrong for, and (naming the site) for programs that cannot be filtered.
+    :raises ValueError: for a non-positive number of particles, an unknown scheme or schedule, score terms with a scheme
+        or schedule they are wrong for, and (naming the site) for programs that cannot be filtered.
 
     **Example**
 
@@ -108,9 +109,9 @@ class FIVO(ELBO):
         discrete = sequence.discrete_sites()
         if discrete and self.resampling_gradient == "none":
             raise ValueError(
-                f"{type(self).__name__}: site '{discrete[0]}' has no reparameterised sampler, and resampling_gradient='none' would drop its part "
-                f"of the gradient. Use resampling_gradient='score_rb' (unbiased; multinomial and a fixed schedule) or 'stop_gradient' "
-                f"(gradient of the log evidence)."
+                f"{type(self).__name__}: site '{discrete[0]}' has no reparameterised sampler, and "
+                f"resampling_gradient='none' would drop its part of the gradient. Use resampling_gradient='score_rb' "
+                f"(unbiased; multinomial and a fixed schedule) or 'stop_gradient' (gradient of the log evidence)."
             )
         sequence.gradient_of_draws = {"none": "ignore", "stop_gradient": "weights"}.get(
             self.resampling_gradient, "score"

@@ -18,37 +18,40 @@ class SIXO(FIVO):
     The guide's scan body states :math:`\log r_t(x_t)` with :func:`~numpyro_smc.twist`; the particles target
     :math:`p(x_{0:t}, y_{0:t})\, r_t(x_t)` and their weights are
 
-    .. math:: w_t = \frac{p(x_t \mid x_{t-1})\, p(y_t \mid x_t)}{q(x_t \mid x_{t-1}, y)} \, \frac{r_t(x_t)}{r_{t-1}(x_{t-1})},
+    .. math:: w_t = \frac{p(x_t \mid x_{t-1})\, p(y_t \mid x_t)}{q(x_t \mid x_{t-1}, y)} \,
+       \frac{r_t(x_t)}{r_{t-1}(x_{t-1})},
 
-    with :math:`r_t = 1` from the last observation of each series on. With the smoothing proposal and the lookahead twist
-    :math:`r_t = p(y_{t+1:T-1} \mid x_t)` the bound is the log evidence itself, for every N and every draw. With a zero twist
-    it is FIVO, bit for bit.
+    with :math:`r_t = 1` from the last observation of each series on. With the smoothing proposal and the lookahead
+    twist :math:`r_t = p(y_{t+1:T-1} \mid x_t)` the bound is the log evidence itself, for every N and every draw. With a
+    zero twist it is FIVO, bit for bit.
 
     Twists are trained by ``twist_training``:
 
     - ``"bound"``: by ascending the bound, jointly with everything else (SIXO-u with a score gradient, SIXO-b without).
       Also right for twists without own parameters: analytic ones, or :func:`~numpyro_smc.gauss_hermite` quadrature.
-    - ``"dre"``: by density-ratio estimation. A classifier with logit :math:`\log r_t(x_t, y)` tells latents that belong to
-      an observation series from latents that do not, both simulated from the current model with its parameters held:
+    - ``"dre"``: by density-ratio estimation. A classifier with logit :math:`\log r_t(x_t, y)` tells latents that belong
+      to an observation series from latents that do not, both simulated from the current model with its parameters held:
 
-      .. math:: \min_r \; \tfrac{1}{M (T-1)} \sum_{m, t} \big[-\log\sigma(\log r_t(x_t^{+}, y)) - \log(1 - \sigma(\log r_t(x_t^{-}, y)))\big].
+      .. math:: \min_r \; \tfrac{1}{M (T-1)} \sum_{m, t} \big[-\log\sigma(\log r_t(x_t^{+}, y))
+         - \log(1 - \sigma(\log r_t(x_t^{-}, y)))\big].
 
-      Parameters whose name starts with ``twist_prefix`` get the gradient of this loss only; all others get the gradient of
-      the bound, in which the twist is a constant. The first argument of model and guide must be the observations (an
+      Parameters whose name starts with ``twist_prefix`` get the gradient of this loss only; all others get the gradient
+      of the bound, in which the twist is a constant. The first argument of model and guide must be the observations (an
       array with leading time axis, or a dict of arrays by site name): the guide is run on simulated ones.
 
-    Under plain optimisers both groups move at every step. With :func:`~numpyro_smc.alternating` they take turns with their
-    own optimisers and numbers of steps, and each step computes only its own group's gradient.
+    Under plain optimisers both groups move at every step. With :func:`~numpyro_smc.alternating` they take turns with
+    their own optimisers and numbers of steps, and each step computes only its own group's gradient.
 
-    Value: minus an unbiased estimate of the bound, in every mode. Gradient: as :class:`FIVO` for the bound; unbiased for the
-    density-ratio loss. Cost: as FIVO, and with ``"dre"`` O(MT) for ``twist_batch_size`` M.
+    Value: minus an unbiased estimate of the bound, in every mode. Gradient: as :class:`FIVO` for the bound; unbiased
+    for the density-ratio loss. Cost: as FIVO, and with ``"dre"`` O(MT) for ``twist_batch_size`` M.
 
     :param num_particles: number of particles :math:`N \ge 1`.
     :param twist_training: ``"bound"`` or ``"dre"``.
     :param twist_prefix: parameters of the twist are those whose site name starts with it.
     :param twist_batch_size: number of simulated series M per density-ratio gradient.
     :param resampler, resample, ess_threshold, resampling_gradient, remat: see :class:`FIVO`.
-    :raises ValueError: as :class:`FIVO`; if the guide has no twist statement; with ``"dre"`` if no parameter has the prefix.
+    :raises ValueError: as :class:`FIVO`; if the guide has no twist statement; with ``"dre"`` if no parameter has the
+        prefix.
 
     **Example**
 
@@ -118,7 +121,8 @@ class SIXO(FIVO):
         run_key, sequence = super()._read(rng_key, params, model, guide, args, kwargs)
         if not sequence.twisted:
             raise ValueError(
-                "SIXO: the guide's scan body has no twist statement. State numpyro_smc.twist('r', log_r) there, or use FIVO."
+                "SIXO: the guide's scan body has no twist statement. "
+                "State numpyro_smc.twist('r', log_r) there, or use FIVO."
             )
         return run_key, sequence
 
@@ -130,8 +134,9 @@ class SIXO(FIVO):
         of_twist = {name: name.startswith(self.twist_prefix) for name in param_map}
         if not any(of_twist.values()):
             raise ValueError(
-                f"SIXO: twist_training='dre' trains the parameters whose name starts with twist_prefix={self.twist_prefix!r}, and there are "
-                f"none among {sorted(param_map)}. Rename the twist's parameters or give their prefix."
+                f"SIXO: twist_training='dre' trains the parameters whose name starts with "
+                f"twist_prefix={self.twist_prefix!r}, and there are none among {sorted(param_map)}. Rename the twist's "
+                f"parameters or give their prefix."
             )
 
         def hold(params: dict[str, Any], twist: bool) -> dict[str, Any]:

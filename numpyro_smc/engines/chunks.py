@@ -29,7 +29,10 @@ class _InChunks:
 
         split = jax.tree.map(lambda x: x.reshape(num_chunks, self.batch_size, *x.shape[1:]), cloud.particles)
         moved, move = lax.map(chunk, (jnp.arange(num_chunks), split))
-        join = lambda tree: jax.tree.map(lambda x: x.reshape(num_particles, *x.shape[2:]), tree)
+
+        def join(tree: Any) -> Any:
+            return jax.tree.map(lambda x: x.reshape(num_particles, *x.shape[2:]), tree)
+
         return Cloud(join(moved.particles), jax.tree.map(lambda x: x[0], moved.shared)), join(move)
 
 

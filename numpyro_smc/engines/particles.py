@@ -1,13 +1,13 @@
 """The one particle recursion: resample when told to, move, weigh.
 
-For a Feynman-Kac model (initial law, Markov moves, log-weight increments :math:`g_t`) and N particles, with :math:`W` the log
-weights of mean one,
+For a Feynman-Kac model (initial law, Markov moves, log-weight increments :math:`g_t`) and N particles, with :math:`W`
+the log weights of mean one,
 
 .. math:: \\ell_t = \\log \\tfrac1N \\sum_i e^{W_{t-1}^i + g_t^i}, \\qquad W_t^i = W_{t-1}^i + g_t^i - \\ell_t,
    \\qquad \\log \\hat Z = \\sum_t \\ell_t,
 
-with :math:`W_{t-1} := 0` after resampling. :math:`\\hat Z` is unbiased for any unbiased resampling scheme and schedule. Filters,
-FIVO and SIXO bounds, tempered samplers and conditional SMC are this recursion with different models.
+with :math:`W_{t-1} := 0` after resampling. :math:`\\hat Z` is unbiased for any unbiased resampling scheme and schedule.
+Filters, FIVO and SIXO bounds, tempered samplers and conditional SMC are this recursion with different models.
 """
 
 from collections.abc import Callable
@@ -134,8 +134,8 @@ def run(
 ) -> Recursion:
     """Run the recursion over all steps.
 
-    :param keep: what to store of each step, a function of the new state and the move; nothing by default, and then memory
-        is O(N) however long the series.
+    :param keep: what to store of each step, a function of the new state and the move; nothing by default, and then
+        memory is O(N) however long the series.
     :param remat: recompute each step in the backward pass instead of storing its intermediate values.
     """
     init_key, run_key = random.split(rng_key)

@@ -28,20 +28,21 @@ class ParticleFilter:
     r"""Particle filter of an unmodified NumPyro model with one ``scan`` [1, 2].
 
     Particles move by the model's own transition (the bootstrap filter), or by a guide's scan body, and are weighed by
-    :math:`p(x_t \mid x_{t-1})\,p(y_t \mid x_t) / q(x_t \mid x_{t-1}, y)`; ``twist`` statements of the guide are honoured
-    and taken out of the reported filtering weights. The estimate of the evidence :math:`\hat Z` is unbiased,
-    :math:`\mathbb E \hat Z = p(y \mid \theta)`, for every resampling scheme here and any schedule; its logarithm is biased
-    low. Cost: O(NT) time; O(NT) memory with history, O(N) without.
+    :math:`p(x_t \mid x_{t-1})\,p(y_t \mid x_t) / q(x_t \mid x_{t-1}, y)`; ``twist`` statements of the guide are
+    honoured and taken out of the reported filtering weights. The estimate of the evidence :math:`\hat Z` is unbiased,
+    :math:`\mathbb E \hat Z = p(y \mid \theta)`, for every resampling scheme here and any schedule; its logarithm is
+    biased low. Cost: O(NT) time; O(NT) memory with history, O(N) without.
 
-    Latents before the scan that the steps use directly are global: they must be given in ``params`` (the evidence is then
-    conditional on them) or proposed by the guide.
+    Latents before the scan that the steps use directly are global: they must be given in ``params`` (the evidence is
+    then conditional on them) or proposed by the guide.
 
     :param model: a NumPyro model.
     :param num_particles: number of particles N.
     :param guide: proposal; ``None`` for the model's own transition.
     :param resampler, resample, ess_threshold: see :class:`~numpyro_smc.FIVO`.
     :param history: whether to keep the particles of all steps (needed for filtered means, smoothing, plots).
-    :param batch_size: move particles in chunks of this size, to bound the memory of a step; must divide ``num_particles``.
+    :param batch_size: move particles in chunks of this size, to bound the memory of a step; must divide
+        ``num_particles``.
     :raises ValueError: for bad options at once; naming the site for programs that cannot be filtered, when run.
 
     **Example**
@@ -119,7 +120,9 @@ class ParticleFilter:
         return result
 
     def log_evidence(self, rng_key: Array, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any) -> Array:
-        """The log evidence alone, ``[*batch]``: pure and differentiable, for use under ``jit``, ``grad`` and ``vmap``."""
+        """The log evidence alone, ``[*batch]``: pure and differentiable,
+        for use under ``jit``, ``grad`` and ``vmap``.
+        """
         return self._run(rng_key, params or {}, args, kwargs, history=False)[0]
 
     def read(

@@ -68,8 +68,8 @@ def _later_inputs(sequence: Sequence, steps: int, xs: Any) -> Any:
         is_counter = jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.ndim == 1
         if f"x{i}" in needed and not is_counter:
             raise ValueError(
-                f"forecast: the scan's body uses an input of shape {leaf.shape} for more than observing it (a covariate). Give its future "
-                f"values in xs, with {steps} steps on the leading axis."
+                f"forecast: the scan's body uses an input of shape {leaf.shape} for more than observing it (a "
+                f"covariate). Give its future values in xs, with {steps} steps on the leading axis."
             )
         ahead = (
             leaf[-1] + 1 + jnp.arange(steps, dtype=leaf.dtype) if is_counter else jnp.repeat(leaf[-1:], steps, axis=0)

@@ -24,7 +24,8 @@ class History(NamedTuple):
 
     - **increments** ``[T, *batch]``, **initial_increment** ``[*batch]``: their sum is the log evidence.
     - **ess**, **resampled** ``[T, *batch]``; **ancestors** ``[T, N, *batch]``.
-    - **initial** and **steps**: particles (``cloud``), site values (``values``) and filtering log weights (``log_weights``).
+    - **initial** and **steps**: particles (``cloud``), site values (``values``) and filtering log weights
+      (``log_weights``).
     - **log_weights** ``[N, *batch]`` and **cloud**: the final particles.
     - **global_values**: the global latents of this run. **bound**: the objective, scales included.
     """
@@ -102,8 +103,10 @@ class FilterResult:
         sites = sorted(self.history.steps["values"]) if self.history.steps is not None else "not kept (history=False)"
         return (
             f"FilterResult: log evidence {shown}\n"
-            f"  {self.num_steps} steps, {self.filter.num_particles} particles, resampled at {np.asarray(self.resampled).mean():.0%} of steps\n"
-            f"  effective sample size: median {np.median(ess):.0f}, lowest {ess.min():.0f} at step {int(ess.reshape(len(ess), -1).min(1).argmin())}\n"
+            f"  {self.num_steps} steps, {self.filter.num_particles} particles, resampled at "
+            f"{np.asarray(self.resampled).mean():.0%} of steps\n"
+            f"  effective sample size: median {np.median(ess):.0f}, lowest {ess.min():.0f} at step "
+            f"{int(ess.reshape(len(ess), -1).min(1).argmin())}\n"
             f"  sites: {sites}"
         )
 
@@ -115,7 +118,9 @@ class FilterResult:
         return jnp.sum(jnp.where(weights > 0, values * weights, 0.0), axis=-1 - self._trailing(values))
 
     def quantile(self, site: str, q: Any) -> Array:
-        """Filtering quantiles of a site at each step: ``[*shape(q), T, ...]``, by inversion of the weighted distribution."""
+        """Filtering quantiles of a site at each step: ``[*shape(q), T, ...]``,
+        by inversion of the weighted distribution.
+        """
         values, weights = self._weighted(site)
         axis = values.ndim - 1 - self._trailing(values)
         weights = jnp.broadcast_to(weights, values.shape)
@@ -148,8 +153,8 @@ class FilterResult:
 
         - ``"genealogy"``: trace the ancestors of the final particles; O(T) a draw, few distinct ancestors early on.
         - ``"backward"``: backward simulation with the model's own transition density [1]; O(NT) a draw, no such loss.
-        - ``"backward_mcmc"``: the same with ``num_mcmc_steps`` independence-Metropolis moves instead of all N densities [2];
-          O(T) a draw.
+        - ``"backward_mcmc"``: the same with ``num_mcmc_steps`` independence-Metropolis moves instead of all N densities
+          [2]; O(T) a draw.
 
         :param num_samples: number of paths. **batch_size** - paths simulated at a time by ``"backward"``.
         :return: by site, ``[num_samples, T, ...]`` (``[num_samples, ...]`` for sites before the scan).
@@ -175,8 +180,8 @@ class FilterResult:
         """Draws of latents and observations beyond the end of the series.
 
         :param steps: number of further steps.
-        :param xs: the body's inputs for those steps (``[steps, ...]``), where the model needs them: covariates. Integer time
-            counters are continued, and inputs that are only observed are not needed.
+        :param xs: the body's inputs for those steps (``[steps, ...]``), where the model needs them: covariates. Integer
+            time counters are continued, and inputs that are only observed are not needed.
         :return: by site, ``[num_samples, steps, ...]``.
         :raises ValueError: if the body needs inputs that are not given.
         """
@@ -190,8 +195,8 @@ class FilterResult:
     def to_arviz(self, rng_key: Array | None = None, num_samples: int = 1000, method: str = "genealogy") -> Any:
         """Paths drawn from the posterior with the filter's statistics, as ArviZ data.
 
-        Groups: ``posterior`` (one chain of ``num_samples`` paths) and ``sample_stats`` (``ess``, ``log_evidence_increment`` per step);
-        the log evidence is an attribute.
+        Groups: ``posterior`` (one chain of ``num_samples`` paths) and ``sample_stats`` (``ess``,
+        ``log_evidence_increment`` per step); the log evidence is an attribute.
         """
         draws = self.sample_posterior(random.key(0) if rng_key is None else rng_key, num_samples, method)
         stats = {"ess": self.ess, "log_evidence_increment": self.log_evidence_increments}
@@ -200,7 +205,10 @@ class FilterResult:
         return inference_data(draws, stats, attributes)
 
     def plot(self, site: str | None = None, data: Any = None, *, probability: float = 0.9, ax: Any = None) -> Any:
-        """Filtered median and central band of a site over time, with the data as points. Returns the matplotlib axes."""
+        """Filtered median and central band of a site over time, with the data as points.
+
+        Returns the matplotlib axes.
+        """
         self._need_history("plot")
         site = next(iter(self.history.steps["values"])) if site is None else site
         tail = (1.0 - probability) / 2.0
@@ -222,15 +230,17 @@ class FilterResult:
         )
         if sites:
             raise FloatingPointError(
-                f"ParticleFilter: non-finite data at site {sites} {where}. Mask missing values with handlers.mask, or clean the data."
+                f"ParticleFilter: non-finite data at site {sites} {where}. "
+                f"Mask missing values with handlers.mask, or clean the data."
             )
         if np.isneginf(steps[first + 1]).any():
             raise FloatingPointError(
-                f"ParticleFilter: all particles have weight zero {where}: no particle explains the observation. Use more particles, a guide, "
-                f"or check the observation and its support."
+                f"ParticleFilter: all particles have weight zero {where}: no particle explains the observation. Use "
+                f"more particles, a guide, or check the observation and its support."
             )
         raise FloatingPointError(
-            f"ParticleFilter: the weights are not numbers {where}. Check the parameters, the model's distributions and the twists."
+            f"ParticleFilter: the weights are not numbers {where}. Check the parameters, the model's distributions and "
+            f"the twists."
         )
 
     def _need_history(self, what: str) -> None:

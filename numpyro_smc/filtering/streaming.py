@@ -67,8 +67,8 @@ def take_in(
     expected = _first_inputs(sequence)
     if str(jax.tree.structure(inputs)) != str(jax.tree.structure(expected)):
         raise ValueError(
-            f"ParticleFilter.update: the scan's body receives {jax.tree.map(jnp.shape, expected['model'])} at each step "
-            f"but was given {jax.tree.map(jnp.shape, x)}. Pass one slice of the model's xs."
+            f"ParticleFilter.update: the scan's body receives {jax.tree.map(jnp.shape, expected['model'])} at each "
+            f"step but was given {jax.tree.map(jnp.shape, x)}. Pass one slice of the model's xs."
         )
     _, step_key = random.split(run_key)
     keys = step_keys(step_key, state.t)

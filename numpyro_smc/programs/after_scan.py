@@ -45,7 +45,9 @@ class AfterScan:
             total = total + sum(log_density(after[name], plates) for name in self.split)
         if self.last:
             outputs = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.length, *jnp.shape(x))), output)
-            after = _run_after(self.program, self.args, outputs, carry, self.length, Fixed(fixed), None, set(plates.names))
+            after = _run_after(
+                self.program, self.args, outputs, carry, self.length, Fixed(fixed), None, set(plates.names)
+            )
             factor = sum(log_density(after[name], plates) for name in self.last)
             total = total + jnp.where(t == self.length - 1, factor, 0.0)
         return total
@@ -78,8 +80,8 @@ def read_after_scan(
     uses = eval_provenance(rest, outputs=output, carry=last_carry, **initial)
     if names:
         raise ValueError(
-            f"{user}: the {who} samples site '{names[0]}' after its scan. Latents after the scan cannot be filtered: sample '{names[0]}' "
-            f"before the scan (a parameter) or inside the step (a state)."
+            f"{user}: the {who} samples site '{names[0]}' after its scan. Latents after the scan cannot be filtered: "
+            f"sample '{names[0]}' before the scan (a parameter) or inside the step (a state)."
         )
     if not observed or is_guide:
         return None
@@ -95,8 +97,9 @@ def read_after_scan(
             split.append(name)
         else:
             raise ValueError(
-                f"{user}: site '{name}' after the scan depends on {' and '.join(sorted(deps)) or 'nothing'}; it may depend on the scan's stacked "
-                f"outputs or on its last carry. Move the statement into the step (if it uses the states) or before the scan."
+                f"{user}: site '{name}' after the scan depends on {' and '.join(sorted(deps)) or 'nothing'}; it may "
+                f"depend on the scan's stacked outputs or on its last carry. Move the statement into the step (if it "
+                f"uses the states) or before the scan."
             )
     plates = frozenset.intersection(*frames)
     after = AfterScan(_with_arguments(program), (args, kwargs), half.scan.length, split, last, plates)
@@ -230,9 +233,9 @@ def _check_split(after: AfterScan, half: Half, user: str) -> None:
         return whole, jnp.sum(factors)
 
     message = (
-        f"{user}: the likelihood after the scan (site '{after.split[0]}') does not split over time: its factors at the single steps do not add up "
-        f"to the whole. Move the statement into the step function; data and covariates must be arguments of the program with time as "
-        f"their leading axis."
+        f"{user}: the likelihood after the scan (site '{after.split[0]}') does not split over time: its factors at the "
+        f"single steps do not add up to the whole. Move the statement into the step function; data and covariates must "
+        f"be arguments of the program with time as their leading axis."
     )
     try:
         with jax.ensure_compile_time_eval():

@@ -23,8 +23,8 @@ class Bootstrap:
 def bootstrap(model: Callable[..., Any]) -> Bootstrap:
     """The guide that proposes every latent of a sequence model from the model's own prior and transitions.
 
-    It is an ordinary guide with the model's parameters. Particle methods recognise it and cancel the densities exactly, so
-    the weights are the likelihood alone (the bootstrap filter); global latents are drawn from their prior.
+    It is an ordinary guide with the model's parameters. Particle methods recognise it and cancel the densities exactly,
+    so the weights are the likelihood alone (the bootstrap filter); global latents are drawn from their prior.
 
     :param model: a NumPyro model.
     :return: a guide for :class:`~numpyro.infer.SVI` and for every class of this package that takes one.

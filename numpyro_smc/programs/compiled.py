@@ -32,8 +32,8 @@ class Compiled:
         except TypeError as error:
             unhashable = next(leaf for leaf in leaves if not is_array(leaf) and not isinstance(leaf, Hashable))
             raise TypeError(
-                f"An argument of the program has type {type(unhashable).__name__}, which is neither an array nor hashable. Pass it as an "
-                f"array, or close over it in the program."
+                f"An argument of the program has type {type(unhashable).__name__}, which is neither an array nor "
+                f"hashable. Pass it as an array, or close over it in the program."
             ) from error
         if cached is None:
 

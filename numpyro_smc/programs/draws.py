@@ -93,8 +93,8 @@ class CloudDraws(Messenger):
     and are drawn from then on. Keys asked for by ``numpyro.prng_key`` differ per particle.
 
     :param rng_key: key of this step.
-    :param index: the particle's number; ``None`` outside any vectorisation over particles (reverse-mode differentiation of
-        a draw that was never vmapped needs this).
+    :param index: the particle's number; ``None`` outside any vectorisation over particles (reverse-mode differentiation
+        of a draw that was never vmapped needs this).
     """
 
     def __init__(self, rng_key: Array, index: Array | None = None) -> None:

@@ -25,8 +25,8 @@ class Half:
     - **step_sites** - messages of one step (shapes, plates and flags are meaningful, values are not).
     - **carry_dtypes**, **carry_tree** - the carry's types after promotion, its structure.
     - **moving** - for each carry leaf, whether it differs between particles.
-    - **latents** - names of the latent sites before the scan. **reach** - those that reach the steps other than through the
-      carry. **uses** - for each sample site before the scan, the latents its density depends on.
+    - **latents** - names of the latent sites before the scan. **reach** - those that reach the steps other than through
+      the carry. **uses** - for each sample site before the scan, the latents its density depends on.
     - **particle_latents** - latents that belong to each particle, once :meth:`settle` has been told the global ones.
     - **masks_are_fixed** - whether no observation mask depends on a particle.
     """
@@ -130,8 +130,8 @@ def read_half(program: Callable[[], Any], prefix: Trace, scan: Scan) -> Half:
     for name, flag in flags.items():
         if flag and name in reach:
             raise ValueError(
-                f"Site '{name}' is marked infer={{'particle': True}} but the scan's step uses it directly. Pass it to the "
-                f"step through the initial carry, or drop the mark to draw it once for all particles."
+                f"Site '{name}' is marked infer={{'particle': True}} but the scan's step uses it directly. Pass it to "
+                f"the step through the initial carry, or drop the mark to draw it once for all particles."
             )
     return half
 

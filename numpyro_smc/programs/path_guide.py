@@ -21,15 +21,16 @@ def read_path(guide_trace: Trace, step_sites: Trace, length: int, user: str) -> 
             continue
         if name not in guide_trace:
             raise ValueError(
-                f"{user}: the guide has no scan and never samples site '{name}', which the model samples inside its scan. Sample "
-                f"'{name}' in a scan of the guide, as one site of shape [{length}, ...], or use numpyro_smc.bootstrap(model)."
+                f"{user}: the guide has no scan and never samples site '{name}', which the model samples inside its "
+                f"scan. Sample '{name}' in a scan of the guide, as one site of shape [{length}, ...], or use "
+                f"numpyro_smc.bootstrap(model)."
             )
         proposal = guide_trace[name]
         expected = (length, *site["value"].shape)
         if jnp.shape(proposal["value"]) != expected:
             raise ValueError(
-                f"{user}: the guide proposes the path of '{name}' with shape {jnp.shape(proposal['value'])}; the model's scan makes it "
-                f"{expected}."
+                f"{user}: the guide proposes the path of '{name}' with shape {jnp.shape(proposal['value'])}; the "
+                f"model's scan makes it {expected}."
             )
         time_slice(proposal["fn"], jnp.asarray(0), length, name, user)
         path[name] = proposal | {"path": (length, user)}
@@ -67,8 +68,9 @@ def time_slice(fn: Distribution, t: Array, length: int, name: str, user: str) ->
         return base.expand(fn.batch_shape[1:])
     if not fn.batch_shape or fn.batch_shape[0] != length or not fn.arg_constraints:
         raise ValueError(
-            f"{user}: the guide proposes the path of '{name}' by a {type(fn).__name__} with batch shape {fn.batch_shape}, which is not "
-            f"a product over time. Propose the steps in a scan of the guide, or use a distribution whose leading batch axis is time."
+            f"{user}: the guide proposes the path of '{name}' by a {type(fn).__name__} with batch shape "
+            f"{fn.batch_shape}, which is not a product over time. Propose the steps in a scan of the guide, or use a "
+            f"distribution whose leading batch axis is time."
         )
     rank = len(fn.batch_shape)
     arguments = {}

@@ -1,4 +1,6 @@
-"""Reading a sequence model and its guide: which latents are global, which plates enclose everything, what comes after."""
+"""Reading a sequence model and its guide: which latents are global, which plates enclose everything,
+what comes after.
+"""
 
 from functools import partial
 from typing import Any
@@ -64,8 +66,9 @@ def read_sequence(
     prefix, scan = run_prefix(bound_model, CloudDraws(model_key), Fixed(proposed, plate_indices(guide_trace)))
     if scan is None:
         raise ValueError(
-            f"{user}: the model has no numpyro.contrib.control_flow.scan (outside of plates and not hidden by a block handler), so "
-            f"there is no sequence to filter. Write the steps as scan(step, init, xs); for other models use NumPyro's ELBOs."
+            f"{user}: the model has no numpyro.contrib.control_flow.scan (outside of plates and not hidden by a block "
+            f"handler), so there is no sequence to filter. Write the steps as scan(step, init, xs); for other models "
+            f"use NumPyro's ELBOs."
         )
     model_half = read_half(bound_model, prefix, scan)
     if guide is not None and guide_half is None:
@@ -73,7 +76,8 @@ def read_sequence(
         guide_trace = {name: site for name, site in guide_trace.items() if name not in path}
     if guide_half is not None and guide_half.scan.length != scan.length:
         raise ValueError(
-            f"{user}: the guide's scan has {guide_half.scan.length} steps, the model's has {scan.length}. Make them equal."
+            f"{user}: the guide's scan has {guide_half.scan.length} steps, the model's has {scan.length}. "
+            f"Make them equal."
         )
     sequence = Sequence(user, model_half, guide_half, path, bound_guide, guide_trace)
     sequence.given = frozenset(params)
@@ -92,23 +96,25 @@ def _read_globals(sequence: Sequence, has_guide: bool, given_globals: bool) -> N
         site = sequence.guide_prefix[name]
         if is_latent(site) and name not in model.prefix and not site["infer"].get("is_auxiliary"):
             raise ValueError(
-                f"{user}: the guide samples site '{name}' before its scan, which the model does not. Remove it, or mark it "
-                f"infer={{'is_auxiliary': True}}."
+                f"{user}: the guide samples site '{name}' before its scan, which the model does not. Remove it, or "
+                f"mark it infer={{'is_auxiliary': True}}."
             )
     halves = [model] + ([guide] if guide is not None else [])
     names = global_latents(halves)
     for half in halves:
         half.settle(names)
     if sequence.path:
-        # A path guide has no scan whose steps could use its latents; what is not an initial state of the model is global.
+        # A path guide has no scan whose steps could use its latents; what is not an initial state of the model is
+        # global.
         names |= {n for n, site in sequence.guide_prefix.items() if is_latent(site) and n not in model.particle_latents}
     for name in names:
         in_guide = name in sequence.guide_prefix
         site = sequence.guide_prefix[name] if in_guide else model.prefix[name]
         if not in_guide and site.get("drawn", False) and (has_guide or given_globals):
             raise ValueError(
-                f"{user}: site '{name}' is a global latent (the scan's steps use it directly) and nothing gives or proposes it. Give "
-                f"its value in params={{'{name}': ...}}, condition the model on it, or sample '{name}' in a guide."
+                f"{user}: site '{name}' is a global latent (the scan's steps use it directly) and nothing gives or "
+                f"proposes it. Give its value in params={{'{name}': ...}}, condition the model on it, or sample "
+                f"'{name}' in a guide."
             )
         sequence.global_values[name] = site["value"]
 

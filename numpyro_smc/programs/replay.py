@@ -1,4 +1,6 @@
-"""Single steps of a sequence model outside the particle recursion: densities of given paths, and what is observed when."""
+"""Single steps of a sequence model outside the particle recursion: densities of given paths,
+and what is observed when.
+"""
 
 from typing import Any
 

@@ -37,8 +37,8 @@ ResampleFn = Callable[[Array, Array, Any, Array, Array], Resampled]
 def schedule(resample: str | Decision, ess_threshold: float) -> Decision | None:
     """When to resample: a function of log weights ``[N]`` and step to bool; ``None`` for never.
 
-    :param resample: ``"ess"`` (when the effective sample size is at most ``ess_threshold * N``), ``"always"``, ``"never"``, or
-        a function ``(log_weights, t) -> bool``.
+    :param resample: ``"ess"`` (when the effective sample size is at most ``ess_threshold * N``), ``"always"``,
+        ``"never"``, or a function ``(log_weights, t) -> bool``.
     """
     if callable(resample):
         return resample
@@ -66,9 +66,10 @@ def build(
     """Compose a resampling function for a cloud, or ``None`` when nothing is ever resampled.
 
     :param resampler: name of a registered scheme, or a scheme.
-    :param gradient: how gradients pass: ``"none"`` (through the moved particles only; biased), ``"score"`` and ``"score_rb"``
-        (score-function terms, unbiased; multinomial scheme and fixed schedule only), ``"stop_gradient"`` (log weights
-        carried as :math:`\\log w_I - \\operatorname{sg}(\\log w_I)`; targets the gradient of the log evidence).
+    :param gradient: how gradients pass: ``"none"`` (through the moved particles only; biased), ``"score"`` and
+        ``"score_rb"`` (score-function terms, unbiased; multinomial scheme and fixed schedule only), ``"stop_gradient"``
+        (log weights carried as :math:`\\log w_I - \\operatorname{sg}(\\log w_I)`; targets the gradient of the log
+        evidence).
     :raises ValueError: for unknown names, and for score terms with a scheme or schedule they are wrong for.
     """
     scheme = resolve(resampler)
@@ -78,13 +79,13 @@ def build(
     if gradient.startswith("score"):
         if scheme.log_prob is None:
             raise ValueError(
-                f"resampling_gradient={gradient!r} needs the log probability of the ancestors, which the {scheme.name} scheme does not "
-                f"have. Use resampler='multinomial', or resampling_gradient='stop_gradient'."
+                f"resampling_gradient={gradient!r} needs the log probability of the ancestors, which the {scheme.name} "
+                f"scheme does not have. Use resampler='multinomial', or resampling_gradient='stop_gradient'."
             )
         if resample == "ess":
             raise ValueError(
-                f"resampling_gradient={gradient!r} is biased under resample='ess', whose decision depends on the parameters. Use "
-                f"resample='always' or a fixed schedule such as lambda log_weights, t: t % 2 == 1."
+                f"resampling_gradient={gradient!r} is biased under resample='ess', whose decision depends on the "
+                f"parameters. Use resample='always' or a fixed schedule such as lambda log_weights, t: t % 2 == 1."
             )
     if decide is None:
         return None

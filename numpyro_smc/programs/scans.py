@@ -125,8 +125,8 @@ def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger]) -> Scan:
     body, init, xs, length, reverse = msg["args"]
     if reverse:
         raise NotImplementedError(
-            "A scan with reverse=True cannot be filtered: particles move forward in time. Reverse the data and the inputs "
-            "instead, and scan forward."
+            "A scan with reverse=True cannot be filtered: particles move forward in time. Reverse the data and the "
+            "inputs instead, and scan forward."
         )
     if length is None:
         leaves = jax.tree.leaves(xs)
@@ -148,7 +148,8 @@ def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger]) -> Scan:
             name = type(handler).__name__
             if type(handler).__module__.startswith("numpyro."):
                 raise NotImplementedError(
-                    f"handlers.{name} encloses the scan. Apply it inside the step function: scan({name}(step, ...), init, xs)."
+                    f"handlers.{name} encloses the scan. Apply it inside the step function: "
+                    f"scan({name}(step, ...), init, xs)."
                 )
     return Scan(body, init, xs, int(length), tuple(msg["kwargs"]["substitute_stack"]), tuple(wrappers))
 
@@ -180,8 +181,8 @@ def run_step(scan: Scan, t: Array, carry: Any, x: Any, *around: Messenger) -> tu
     for name, site in trace.items():
         if site["type"] == "param":
             raise ValueError(
-                f"numpyro.param '{name}' stands inside the scan body. Declare it (and any network) before the scan and let "
-                f"the body use its value."
+                f"numpyro.param '{name}' stands inside the scan body. Declare it (and any network) before the scan and "
+                f"let the body use its value."
             )
     return new_carry, output, trace
 
@@ -216,8 +217,8 @@ class Fixed(Messenger):
             expected = msg["kwargs"].get("sample_shape", ()) + msg["fn"].shape()
             if jnp.shape(value) != expected:
                 raise ValueError(
-                    f"Site '{name}' has shape {expected} in the model but {self.source} gives it shape {jnp.shape(value)}. "
-                    f"Make the two shapes equal (see to_event and the enclosing plates)."
+                    f"Site '{name}' has shape {expected} in the model but {self.source} gives it shape "
+                    f"{jnp.shape(value)}. Make the two shapes equal (see to_event and the enclosing plates)."
                 )
             msg["value"] = value
             msg["proposed"] = True

@@ -1,9 +1,10 @@
 """A sequence model and its guide, read from NumPyro programs and handed out as a Feynman-Kac model for particles.
 
-With initial latents :math:`x_{-1}`, steps :math:`t = 0..T-1`, a guide :math:`q` and log twists :math:`\\log r_t`, a particle's
-log weight grows by
+With initial latents :math:`x_{-1}`, steps :math:`t = 0..T-1`, a guide :math:`q` and log twists :math:`\\log r_t`, a
+particle's log weight grows by
 
-.. math:: \\log p(x_t \\mid x_{t-1}) + \\log p(y_t \\mid x_t) - \\log q(x_t \\mid x_{t-1}) + \\log r_t(x_t) - \\log r_{t-1}(x_{t-1}),
+.. math:: \\log p(x_t \\mid x_{t-1}) + \\log p(y_t \\mid x_t) - \\log q(x_t \\mid x_{t-1}) + \\log r_t(x_t)
+   - \\log r_{t-1}(x_{t-1}),
 
 with :math:`r_t = 1` from the last observation on. Without a guide :math:`q = p` and the densities cancel exactly.
 """
@@ -255,8 +256,8 @@ class Sequence:
             if is_latent(site) and name not in model_trace:
                 if not site["infer"].get("is_auxiliary"):
                     raise ValueError(
-                        f"{self.user}: the guide samples site '{name}' inside its scan, which the model does not. Remove it, or "
-                        f"mark it infer={{'is_auxiliary': True}}."
+                        f"{self.user}: the guide samples site '{name}' inside its scan, which the model does not. "
+                        f"Remove it, or mark it infer={{'is_auxiliary': True}}."
                     )
                 log_weight = log_weight - self.log_density(site)
         return log_weight, log_score, values
@@ -295,8 +296,8 @@ class Sequence:
     def _twist_value(self, site: Any) -> Array:
         if jnp.shape(site["value"]) != self.batch_shape:
             raise ValueError(
-                f"Twist '{site['name']}' has shape {jnp.shape(site['value'])}; it must have the shape of the plates that enclose "
-                f"the program, {self.batch_shape}. Sum or reshape its value."
+                f"Twist '{site['name']}' has shape {jnp.shape(site['value'])}; it must have the shape of the plates "
+                f"that enclose the program, {self.batch_shape}. Sum or reshape its value."
             )
         return site["value"]
 
@@ -310,8 +311,9 @@ class Sequence:
             if name.endswith("_unobserved") and name.removesuffix("_unobserved") + "_observed" in model_trace:
                 continue
             raise ValueError(
-                f"{self.user}: the guide never samples site '{name}', which the model samples. Sample '{name}' in the guide (inside "
-                f"its scan body if the model does), or use numpyro_smc.bootstrap(model) to propose from the model itself."
+                f"{self.user}: the guide never samples site '{name}', which the model samples. Sample '{name}' in the "
+                f"guide (inside its scan body if the model does), or use numpyro_smc.bootstrap(model) to propose from "
+                f"the model itself."
             )
 
     def _check_carries(self, state: dict[str, Any]) -> None:
@@ -320,7 +322,7 @@ class Sequence:
             for leaf in state.get(owner, []):
                 if rank and leaf.shape[:rank] != self.batch_shape:
                     raise ValueError(
-                        f"{self.user}: plates {list(self.plates.names)} of shape {self.batch_shape} enclose the whole {owner}, so every "
-                        f"carry of its scan that depends on latents must start with these axes; one has shape {leaf.shape}. Put the "
-                        f"series on the leading axis of the carry."
+                        f"{self.user}: plates {list(self.plates.names)} of shape {self.batch_shape} enclose the whole "
+                        f"{owner}, so every carry of its scan that depends on latents must start with these axes; one "
+                        f"has shape {leaf.shape}. Put the series on the leading axis of the carry."
                     )

@@ -49,8 +49,8 @@ def enclosing_plates(
     for name, scale in plate_scales.items():
         if scale != 1.0 and name not in common:
             raise ValueError(
-                f"Plate '{name}' is subsampled but does not enclose every site of the sequence (initial sites and steps), so "
-                f"the particle weights would be biased. Put every site inside it, or do not subsample it."
+                f"Plate '{name}' is subsampled but does not enclose every site of the sequence (initial sites and "
+                f"steps), so the particle weights would be biased. Put every site inside it, or do not subsample it."
             )
     ordered = sorted((frames[0][name] for name in common), key=lambda frame: frame.dim)
     dims = tuple(frame.dim for frame in ordered)
@@ -59,9 +59,9 @@ def enclosing_plates(
         rank = max(rank, len(site["fn"].batch_shape))
         if dims != tuple(range(-rank, -rank + len(dims))):
             raise ValueError(
-                f"Plates {[f.name for f in ordered]} enclose the whole program but are not the leftmost batch dimensions of "
-                f"site '{site['name']}' (batch shape {site['fn'].batch_shape}). Give the enclosing plate the outermost "
-                f"dimension, e.g. dim=-2 when another plate is at dim=-1."
+                f"Plates {[f.name for f in ordered]} enclose the whole program but are not the leftmost batch "
+                f"dimensions of site '{site['name']}' (batch shape {site['fn'].batch_shape}). Give the enclosing plate "
+                f"the outermost dimension, e.g. dim=-2 when another plate is at dim=-1."
             )
     scale = float(np.prod([plate_scales.get(frame.name, 1.0) for frame in ordered])) if ordered else 1.0
     return BatchPlates(tuple(f.name for f in ordered), dims, tuple(f.size for f in ordered), scale)

@@ -127,7 +127,7 @@ def test_score_gradients_are_unbiased_for_the_bound_with_discrete_states(gradien
 
 
 def test_discrete_states_are_refused_where_their_gradient_would_be_dropped():
-    with pytest.raises(ValueError, match="'z' has no reparameterised sampler.*score_rb"):
+    with pytest.raises(ValueError, match=r"'z' has no reparameterised sampler.*score_rb"):
         FIVO(2).loss(random.key(0), {"logit": 0.3}, two_state_hmm, bootstrap(two_state_hmm), jnp.zeros(2))
     assert FIVO(2, resample="always", resampling_gradient="score_rb").can_infer_discrete
 
@@ -152,7 +152,10 @@ def test_one_particle_is_trace_elbo_on_the_same_draws():
 
 def test_forward_and_reverse_mode_agree_and_svi_runs_in_both():
     loss = FIVO(3, resampler="systematic")
-    bound = lambda p: loss.loss(random.key(0), p, gdd.model, learned, Y)
+
+    def bound(p):
+        return loss.loss(random.key(0), p, gdd.model, learned, Y)
+
     params = {name: jnp.zeros(10) for name in gdd.LEARNED_PROPOSAL_PARAMS} | {"drift": jnp.asarray(0.2)}
     reverse, forward = jax.jit(jax.grad(bound))(params), jax.jit(jax.jacfwd(bound))(params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), reverse, forward)
@@ -239,7 +242,10 @@ def masked(y, present):
 
 def test_missing_values_that_are_not_numbers_leave_finite_gradients():
     y = jnp.array([0.2, jnp.nan, jnp.nan, 1.0])
-    bound = lambda level: FIVO(8).loss(random.key(0), {"level": level}, masked, bootstrap(masked), y, ~jnp.isnan(y))
+
+    def bound(level):
+        return FIVO(8).loss(random.key(0), {"level": level}, masked, bootstrap(masked), y, ~jnp.isnan(y))
+
     value, gradient = jax.value_and_grad(bound)(0.5)
     filled = FIVO(8).loss(random.key(0), {"level": 0.5}, masked, bootstrap(masked), jnp.nan_to_num(y), ~jnp.isnan(y))
     assert np.isfinite(gradient)
@@ -315,7 +321,7 @@ def test_a_bad_number_of_particles_is_refused(num_particles):
 
 
 def test_score_terms_are_refused_where_they_are_wrong():
-    with pytest.raises(ValueError, match="systematic.*multinomial"):
+    with pytest.raises(ValueError, match=r"systematic.*multinomial"):
         FIVO(4, resampler="systematic", resample="always", resampling_gradient="score")
     with pytest.raises(ValueError, match="biased under resample='ess'"):
         FIVO(4, resampling_gradient="score_rb")

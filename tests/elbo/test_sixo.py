@@ -276,11 +276,11 @@ def test_quadrature_is_the_gaussian_convolution_for_gaussian_likelihoods():
 
 
 def test_twisted_guides_need_their_statement_and_their_parameters():
-    with pytest.raises(ValueError, match="no twist statement.*FIVO"):
+    with pytest.raises(ValueError, match=r"no twist statement.*FIVO"):
         SIXO(4).loss(random.key(0), DRIFT, gdd.model, gdd.make_guide(gdd.optimal_proposal), Y)
     with pytest.raises(ValueError, match="no twist statement"):
         SIXO(4).loss(random.key(0), DRIFT, gdd.model, bootstrap(gdd.model), Y)
-    with pytest.raises(ValueError, match="twist_prefix='twist'.*'drift'"):
+    with pytest.raises(ValueError, match=r"twist_prefix='twist'.*'drift'"):
         guide = gdd.make_guide(gdd.optimal_proposal, gdd.analytic_twist)
         SIXO(4, twist_training="dre").loss(random.key(0), DRIFT, gdd.model, guide, Y)
     with pytest.raises(ValueError, match="'bound' or 'dre'"):
@@ -307,7 +307,7 @@ def test_density_ratio_training_refuses_models_that_read_the_data_past_the_obser
 
         scan(step, 0.0, y)
 
-    with pytest.raises(ValueError, match="reads the data directly.*returns instead"):
+    with pytest.raises(ValueError, match=r"reads the data directly.*returns instead"):
         SIXO(2, twist_training="dre").loss(
             random.key(0), {"twist_weight": jnp.asarray(0.0)}, autoregressive_on_data, guide, jnp.ones(3)
         )

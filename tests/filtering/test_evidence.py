@@ -1,6 +1,7 @@
 """The evidence estimate is unbiased: linear-Gaussian, discrete, batched, masked, under every resampler and schedule.
 
-Each case compares the mean of exp(log Z - log p) over fixed keys with one; five standard errors, false alarms 6e-7 a case.
+Each case compares the mean of exp(log Z - log p) over fixed keys with one; five standard errors,
+false alarms 6e-7 a case.
 """
 
 import jax
@@ -93,7 +94,9 @@ def batch_model(y, lengths, present):
 
 @pytest.mark.parametrize("resample", ["always", "ess"])
 def test_a_plate_of_series_of_different_lengths_with_missing_values(resample):
-    """Eight series, lengths 3 to 20, a fifth of the values missing and stored as NaN; each against its Kalman filter."""
+    """Eight series, lengths 3 to 20, a fifth of the values missing and stored as NaN;
+    each against its Kalman filter.
+    """
     parameters = lg.ar1_parameters(**AR1)
     y = jnp.stack([lg.simulate(random.key(s), parameters, 20)[1][:, 0] for s in range(8)], axis=1)
     lengths = jnp.array([3, 20, 5, 11, 8, 20, 14, 17])

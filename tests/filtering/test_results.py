@@ -39,7 +39,7 @@ def test_filtered_means_and_quantiles(result):
     assert result.mean("x_0").shape == ()
     assert abs(result.mean("x_0")) < 0.15
     np.testing.assert_allclose(np.exp(result.log_weights).mean(axis=1), 1.0, rtol=1e-4)
-    with pytest.raises(KeyError, match="No site 'z' in this filter. Known: x, x_0"):
+    with pytest.raises(KeyError, match=r"No site 'z' in this filter. Known: x, x_0"):
         result.mean("z")
 
 
@@ -111,7 +111,7 @@ def with_covariate(y, z):
 def test_forecasts_ask_for_future_covariates_and_continue_counters():
     y, z = jnp.zeros(4), jnp.ones(4)
     result = ParticleFilter(with_covariate, 100).run(random.key(0), y, z)
-    with pytest.raises(ValueError, match="covariate.*xs, with 2 steps"):
+    with pytest.raises(ValueError, match=r"covariate.*xs, with 2 steps"):
         result.forecast(random.key(0), 2)
     xs = (jnp.arange(4, 6), jnp.zeros(2), jnp.array([10.0, 10.0]))
     assert result.forecast(random.key(0), 2, xs=xs)["x"].mean() > 9.0

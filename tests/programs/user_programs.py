@@ -44,7 +44,10 @@ def kalman(y, m0, p0, a, q, c, r, *, b=0.0, d=0.0, mask=None) -> tuple[float, np
 
     Scalars stand for 1 x 1 matrices; what is callable is a function of ``t``.
     """
-    at = lambda value, t: np.asarray(value(t) if callable(value) else value, float)
+
+    def at(value, t):
+        return np.asarray(value(t) if callable(value) else value, float)
+
     mean, covariance = np.atleast_1d(np.asarray(m0, float)), np.atleast_2d(np.asarray(p0, float))
     total, means = 0.0, []
     for t, y_t in enumerate(np.asarray(y, float)):
@@ -615,7 +618,9 @@ def exact_vrnn(num_draws: int = 20_000, num_runs: int = 30) -> Exact:
     params = jax.tree.map(lambda x: np.asarray(x, float), vrnn_params())
     cell, prior, emit = (params[f"{name}$params"] for name in ("transition_rnn", "prior_net", "emission_net"))
     rng = np.random.default_rng(0)
-    sigmoid = lambda a: 1 / (1 + np.exp(-a))
+
+    def sigmoid(a):
+        return 1 / (1 + np.exp(-a))
 
     def network(net, inputs):
         hidden = np.maximum(inputs @ net.layers[0].weight.T + net.layers[0].bias, 0)
@@ -907,8 +912,9 @@ def exact_likelihood_after():
 
 
 def exact_likelihood_after_in_plate():
-    c = lambda t: COVARIATES[t]
-    log_evidence, means = kalman(LEVEL_DATA, [0, 0], 0 * np.eye(2), 0.5 * np.eye(2), 0.25 * np.eye(2), c, 0.36, d=0.3)
+    log_evidence, means = kalman(
+        LEVEL_DATA, [0, 0], 0 * np.eye(2), 0.5 * np.eye(2), 0.25 * np.eye(2), lambda t: COVARIATES[t], 0.36, d=0.3
+    )
     return Exact(log_evidence, {"z": means})
 
 

@@ -27,8 +27,8 @@ def sample_paths(
 ) -> dict[str, Array]:
     """Draw paths backwards through a filter's particles.
 
-    :param num_mcmc_steps: 0 to choose among all N particles exactly; else the number of independence-Metropolis moves from the
-        genealogical ancestor.
+    :param num_mcmc_steps: 0 to choose among all N particles exactly; else the number of independence-Metropolis moves
+        from the genealogical ancestor.
     :param batch_size: number of paths whose N densities are held at a time.
     :return: by site, ``[num_samples, T, ...]`` (``[num_samples, ...]`` before the scan).
     """
@@ -103,6 +103,7 @@ def check_markov(sequence: Sequence, history: Any) -> None:
     uses = eval_provenance(carry, past=cloud, future=values)
     if any("past" in found for found in jax.tree.leaves(uses, is_leaf=lambda leaf: isinstance(leaf, frozenset))):
         raise ValueError(
-            "sample_posterior: backward sampling needs a carry that the step's own latents determine, but this model's new carry also "
-            "depends on the old one (lags, recurrent networks, reparameterised innovations). Use method='genealogy'."
+            "sample_posterior: backward sampling needs a carry that the step's own latents determine, but this model's "
+            "new carry also depends on the old one (lags, recurrent networks, reparameterised innovations). Use "
+            "method='genealogy'."
         )
