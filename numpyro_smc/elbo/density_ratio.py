@@ -35,10 +35,11 @@ def twist_loss(
 
     :param sequence: the program as read on the real data; its global latents are held.
     :param num_series: number of simulated series of each kind.
-    :return: scalar, per step the sum of the two terms, so ``2 log 2`` for a constant twist.
+    :return: scalar, per step the sum of the two terms, so ``2 log 2`` for a zero twist.
     """
     positive_key, negative_key = random.split(rng_key)
     held = params | {name: lax.stop_gradient(value) for name, value in sequence.global_values.items()}
+    held = held | plate_indices(sequence.model.prefix)
     names = [name for name, site in sequence.model.step_sites.items() if is_observed(site)]
     if sequence.after is not None or not names:
         raise ValueError(

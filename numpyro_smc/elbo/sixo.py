@@ -175,7 +175,7 @@ class SIXO(FIVO):
         """The density-ratio loss of the guide's twist under the current model, for monitoring.
 
         :param params: constrained parameters, as ``svi.get_params(state)`` returns them.
-        :return: scalar, mean over simulated series and steps; ``2 log 2`` for a twist that knows nothing.
+        :return: scalar, mean over simulated series and steps; ``2 log 2`` for a zero twist.
         """
         read_key, key = random.split(rng_key)
         _, sequence = self._read(read_key, params, model, guide, args, kwargs)

@@ -16,26 +16,19 @@ from numpyro_smc.programs.sequence import Cloud, Sequence
 
 
 def forecast(
-    particle_filter: Any,
-    rng_key: Array,
-    filter_key: Array,
-    program: Any,
-    history: Any,
-    steps: int,
-    num_samples: int,
-    xs: Any,
+    particle_filter: Any, rng_key: Array, filter_key: Array, program: Any, history: Any, later: Any, num_samples: int
 ) -> dict[str, Array]:
-    """Simulate ``steps`` further steps from particles drawn by their final weights, observations included."""
-    params, args, kwargs = program
-    held = params | history.global_values
-    model = handlers.uncondition(particle_filter.model)
-    sequence = read_sequence(filter_key, model, None, held, args, kwargs, user="forecast", given_globals=False)
+    """Simulate further steps, observations included, from particles drawn by their final weights.
+
+    :param later: the inputs of those steps, from :func:`later_inputs`, and their numbers.
+    """
+    sequence = _simulator(particle_filter, filter_key, program, history)
     final_key, step_key = random.split(rng_key)
     chosen = draw_final(final_key, history.log_weights, num_samples)
     rank = chosen.ndim - 1
-    own = {"model": history.cloud.particles["model"]}
-    cloud = Cloud(jax.tree.map(lambda leaf: take(leaf, chosen, rank), own), {"model": history.cloud.shared["model"]})
-    later = _later_inputs(sequence, steps, xs)
+    particles = {"model": history.cloud.particles["model"]}
+    particles = jax.tree.map(lambda leaf: take(leaf, chosen, rank), particles)
+    cloud = Cloud(particles, {"model": history.cloud.shared["model"]})
 
     def step(cloud: Cloud, timed: tuple[Array, Any]) -> tuple[Cloud, dict[str, Array]]:
         t, x = timed
@@ -43,17 +36,39 @@ def forecast(
         cloud, move = sequence.step(random.fold_in(step_key, t), t, inputs, cloud, num_samples)
         return cloud, move.values
 
-    _, values = lax.scan(step, cloud, (sequence.length + jnp.arange(steps), later))
+    _, values = lax.scan(step, cloud, later)
     return jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), values)
 
 
-def _later_inputs(sequence: Sequence, steps: int, xs: Any) -> Any:
-    """Inputs of the steps beyond the data: given, continued (counters), or unneeded (only observed)."""
+def _simulator(particle_filter: Any, filter_key: Array, program: Any, history: Any) -> Sequence:
+    """The model with its observations drawn. A likelihood after the scan is left out: only latents are forecast then."""
+    params, args, kwargs = program
+    held = params | history.global_values
+    model, options = particle_filter.model, {"user": "forecast", "given_globals": False}
+    sequence = read_sequence(filter_key, model, None, held, args, kwargs, **options)
+    if sequence.after is None:
+        return read_sequence(filter_key, handlers.uncondition(model), None, held, args, kwargs, **options)
+    sequence.after = None
+    return sequence
+
+
+def later_inputs(particle_filter: Any, filter_key: Array, program: Any, history: Any, steps: int, xs: Any) -> Any:
+    """Inputs of the steps beyond the data: given, continued (time counters), or unneeded (only observed).
+
+    :raises ValueError: if the body needs inputs that are not given, or given ones do not fit.
+    """
+    sequence = _simulator(particle_filter, filter_key, program, history)
     own = sequence.model.scan.inputs()
     if xs is not None:
         if jax.tree.structure(xs) != jax.tree.structure(own):  # type: ignore[operator]
             raise ValueError(f"forecast: xs must have the structure of the scan's xs, {jax.tree.structure(own)}.")
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[:steps], xs)
+        for given, leaf in zip(jax.tree.leaves(xs), jax.tree.leaves(own), strict=True):
+            if jnp.shape(given) != (steps, *leaf.shape[1:]):
+                raise ValueError(
+                    f"forecast: an input in xs has shape {jnp.shape(given)}; with steps={steps} it must have shape "
+                    f"{(steps, *leaf.shape[1:])}."
+                )
+        return jax.tree.map(jnp.asarray, xs)
     leaves, treedef = jax.tree.flatten(own)
 
     def used(**inputs: Array) -> Any:
@@ -65,7 +80,8 @@ def _later_inputs(sequence: Sequence, steps: int, xs: Any) -> Any:
     needed = frozenset().union(*jax.tree.leaves(needs, is_leaf=lambda leaf: isinstance(leaf, frozenset)))
     later = []
     for i, leaf in enumerate(leaves):
-        is_counter = jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.ndim == 1
+        is_integer = jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.ndim == 1
+        is_counter = is_integer and bool((np.diff(np.asarray(leaf)) == 1).all())
         if f"x{i}" in needed and not is_counter:
             raise ValueError(
                 f"forecast: the scan's body uses an input of shape {leaf.shape} for more than observing it (a "

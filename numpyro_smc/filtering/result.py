@@ -114,15 +114,14 @@ class FilterResult:
 
     def mean(self, site: str) -> Array:
         """Filtering mean of a site at each step, ``[T, ...]`` (``[...]`` for a site before the scan)."""
-        values, weights = self._weighted(site)
-        return jnp.sum(jnp.where(weights > 0, values * weights, 0.0), axis=-1 - self._trailing(values))
+        values, weights, axis = self._weighted(site)
+        return jnp.sum(jnp.where(weights > 0, values * weights, 0.0), axis=axis)
 
     def quantile(self, site: str, q: Any) -> Array:
         """Filtering quantiles of a site at each step: ``[*shape(q), T, ...]``,
         by inversion of the weighted distribution.
         """
-        values, weights = self._weighted(site)
-        axis = values.ndim - 1 - self._trailing(values)
+        values, weights, axis = self._weighted(site)
         weights = jnp.broadcast_to(weights, values.shape)
         order = jnp.argsort(values, axis=axis)
         values, weights = jnp.take_along_axis(values, order, axis), jnp.take_along_axis(weights, order, axis)
@@ -187,8 +186,10 @@ class FilterResult:
         """
         if steps < 1 or num_samples < 1:
             raise ValueError(f"forecast: steps and num_samples must be positive, got {steps} and {num_samples}.")
+        later = forecasting.later_inputs(self.filter, self.rng_key, self.program, self.history, steps, xs)
+        timed = (self.num_steps + jnp.arange(steps), later)
         run = self._compiled("forecast", lambda *args: forecasting.forecast(self.filter, *args))
-        return run(rng_key, self.rng_key, self.program, self.history, steps, num_samples, xs)
+        return run(rng_key, self.rng_key, self.program, self.history, timed, num_samples)
 
     # ---- reports ------------------------------------------------------------------------------------------------
 
@@ -225,9 +226,8 @@ class FilterResult:
             return
         first = int(broken.argmax()) - 1
         where = "before the first step" if first < 0 else f"at step {first}"
-        sites = ", ".join(
-            f"'{name}'" for name in forecasting.not_finite(self.filter, self.rng_key, self.program, max(first, 0))
-        )
+        broken_sites = forecasting.not_finite(self.filter, self.rng_key, self.program, first) if first >= 0 else []
+        sites = ", ".join(f"'{name}'" for name in broken_sites)
         if sites:
             raise FloatingPointError(
                 f"ParticleFilter: non-finite data at site {sites} {where}. "
@@ -249,18 +249,16 @@ class FilterResult:
                 f"FilterResult.{what} needs the particles of all steps: run ParticleFilter(..., history=True)."
             )
 
-    def _weighted(self, site: str) -> tuple[Array, Array]:
+    def _weighted(self, site: str) -> tuple[Array, Array, int]:
+        """Values of a site, weights that sum to one and broadcast with them, and the particle axis."""
         if site not in self.particles:
             raise KeyError(f"No site '{site}' in this filter. Known: {', '.join(sorted(self.particles))}.")
         initial = site in self.history.initial["values"] and site not in self.history.steps["values"]
         part = self.history.initial if initial else self.history.steps
         values, log_weights = part["values"][site], part["log_weights"]
-        weights = jnp.exp(log_weights) / log_weights.shape[0 if initial else 1]
-        self._axis = 0 if initial else 1
-        return values, weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
-
-    def _trailing(self, values: Array) -> int:
-        return values.ndim - 1 - self._axis
+        axis = 0 if initial else 1
+        weights = jnp.exp(log_weights) / log_weights.shape[axis]
+        return values, weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim)), axis
 
     def _compiled(self, name: str, fn: Any) -> Any:
         cache = self.filter.__dict__.setdefault("_compiled_queries", {})

@@ -65,7 +65,7 @@ def take_in(
     sequence = _read(particle_filter, read_key, params, args, kwargs, data)
     inputs = {"model": x, "guide": None if sequence.guide is None else guide_x, "look ahead": None}
     expected = _first_inputs(sequence)
-    if str(jax.tree.structure(inputs)) != str(jax.tree.structure(expected)):
+    if jax.tree.map(jnp.shape, inputs) != jax.tree.map(jnp.shape, expected):
         raise ValueError(
             f"ParticleFilter.update: the scan's body receives {jax.tree.map(jnp.shape, expected['model'])} at each "
             f"step but was given {jax.tree.map(jnp.shape, x)}. Pass one slice of the model's xs."

@@ -15,8 +15,8 @@ from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import Half, Overwrite
-from numpyro_smc.programs.scans import Fixed, Scan, Trace, run_step
-from numpyro_smc.programs.sites import BatchPlates, is_latent, log_density
+from numpyro_smc.programs.scans import Fixed, Scan, Trace, is_scan, run_step
+from numpyro_smc.programs.sites import BatchPlates, is_latent, log_density, plate_indices
 
 
 class AfterScan:
@@ -35,19 +35,20 @@ class AfterScan:
         self.program, self.args, self.length, self.split, self.last = program, args, length, split, last
         self.plates = plates
 
-    def log_density(self, t: Array, output: Any, carry: Any, fixed: dict[str, Array], plates: BatchPlates) -> Array:
-        """Log density of the t-th factor for one particle, of the shape of the enclosing plates."""
+    def log_density(self, t: Array, output: Any, carry: Any, given: Fixed, plates: BatchPlates) -> Array:
+        """Log density of the t-th factor for one particle, of the shape of the enclosing plates.
+
+        :param given: the global latents and the plates' indices.
+        """
         total = jnp.zeros(plates.shape)
         if self.split:
             sliced = jax.tree.map(lambda x: jnp.asarray(x)[t][None] if _is_series(x, self.length) else x, self.args)
             outputs = jax.tree.map(lambda x: jnp.asarray(x)[None], output)
-            after = _run_after(self.program, sliced, outputs, carry, self.length, Fixed(fixed), t, set(plates.names))
+            after = _run_after(self.program, sliced, outputs, carry, self.length, given, t, set(plates.names))
             total = total + sum(log_density(after[name], plates) for name in self.split)
         if self.last:
             outputs = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.length, *jnp.shape(x))), output)
-            after = _run_after(
-                self.program, self.args, outputs, carry, self.length, Fixed(fixed), None, set(plates.names)
-            )
+            after = _run_after(self.program, self.args, outputs, carry, self.length, given, None, set(plates.names))
             factor = sum(log_density(after[name], plates) for name in self.last)
             total = total + jnp.where(t == self.length - 1, factor, 0.0)
         return total
@@ -117,7 +118,7 @@ class _PassScan(Messenger):
         self.passed = False
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "control_flow":
+        if is_scan(msg):
             if self.passed:
                 raise ValueError("The program has two scans. Merge them into one: one step function, one carry.")
             self.passed = True
@@ -193,7 +194,7 @@ def _output_shapes(half: Half) -> tuple[Any, Any]:
 
 class _WatchScan(Messenger):
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "control_flow":
+        if is_scan(msg):
             (_, _, self.carry), (_, self.outputs) = msg["value"]
 
 
@@ -227,7 +228,8 @@ def _check_split(after: AfterScan, half: Half, user: str) -> None:
             if n in half.prefix and s["type"] == "sample" and not s["is_observed"]
         }
         sliced = AfterScan(lambda a, k: inner(*a, **k), (args, kwargs), after.length, after.split, [])
-        factors = jax.vmap(lambda t, output: sliced.log_density(t, output, watch.carry, fixed, BatchPlates()))(
+        given = Fixed(fixed, plate_indices({name: site for name, site in trace.items() if name in half.prefix}))
+        factors = jax.vmap(lambda t, output: sliced.log_density(t, output, watch.carry, given, BatchPlates()))(
             jnp.arange(after.length), watch.outputs
         )
         return whole, jnp.sum(factors)

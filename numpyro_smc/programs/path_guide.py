@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 from jax import Array, random
-from numpyro.distributions import Distribution, ExpandedDistribution, Independent, MaskedDistribution
+from numpyro.distributions import Delta, Distribution, ExpandedDistribution, Independent, MaskedDistribution
+from numpyro.ops.provenance import eval_provenance
 
-from numpyro_smc.programs.draws import draw
-from numpyro_smc.programs.scans import Trace
+from numpyro_smc.programs.draws import CloudDraws, draw
+from numpyro_smc.programs.halves import Overwrite
+from numpyro_smc.programs.scans import Trace, run_prefix
 from numpyro_smc.programs.sites import is_latent
 
 
@@ -35,6 +37,17 @@ def read_path(guide_trace: Trace, step_sites: Trace, length: int, user: str) -> 
         time_slice(proposal["fn"], jnp.asarray(0), length, name, user)
         path[name] = proposal | {"path": (length, user)}
     return path
+
+
+def path_parents(program: Callable[[], Any], guide_trace: Trace, path: Trace) -> frozenset[str]:
+    """The guide's other latents that the path's distribution is built from: they cannot differ between particles."""
+    latents = {name: site["value"] for name, site in guide_trace.items() if is_latent(site) and name not in path}
+
+    def densities(**values: Array) -> list[Array]:
+        trace, _ = run_prefix(program, CloudDraws(random.key(0)), Overwrite(values))
+        return [jnp.asarray(trace[name]["fn"].log_prob(path[name]["value"])) for name in path]
+
+    return frozenset().union(*eval_provenance(densities, **latents)) if latents else frozenset()
 
 
 def draw_step(path: Trace, t: Array, rng_key: Array, index: Array) -> Trace:
@@ -66,7 +79,7 @@ def time_slice(fn: Distribution, t: Array, length: int, name: str, user: str) ->
         elif len(base.batch_shape) == rank:
             base = jax.tree.map(lambda leaf: leaf[0], base)
         return base.expand(fn.batch_shape[1:])
-    if not fn.batch_shape or fn.batch_shape[0] != length or not fn.arg_constraints:
+    if not fn.batch_shape or fn.batch_shape[0] != length or not fn.arg_constraints or isinstance(fn, Delta):
         raise ValueError(
             f"{user}: the guide proposes the path of '{name}' by a {type(fn).__name__} with batch shape "
             f"{fn.batch_shape}, which is not a product over time. Propose the steps in a scan of the guide, or use a "

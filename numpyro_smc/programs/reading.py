@@ -71,8 +71,9 @@ def read_sequence(
             f"use NumPyro's ELBOs."
         )
     model_half = read_half(bound_model, prefix, scan)
-    if guide is not None and guide_half is None:
+    if bound_guide is not None and guide_half is None:
         path = path_guide.read_path(guide_trace, model_half.step_sites, scan.length, user)
+        model_half.reach |= path_guide.path_parents(bound_guide, guide_trace, path) & model_half.latents
         guide_trace = {name: site for name, site in guide_trace.items() if name not in path}
     if guide_half is not None and guide_half.scan.length != scan.length:
         raise ValueError(

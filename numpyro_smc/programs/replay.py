@@ -44,7 +44,8 @@ def transition_density(
         if site["type"] == "sample":
             total = total + sequence.log_density(site)
     if sequence.after is not None:
-        total = total + sequence.after.log_density(t, output, carry, sequence.global_values, sequence.plates)
+        given = Fixed(sequence.global_values, plate_indices(sequence.model.prefix))
+        total = total + sequence.after.log_density(t, output, carry, given, sequence.plates)
     return total
 
 

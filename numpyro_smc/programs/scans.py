@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from numpyro import handlers
+from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.primitives import _PYRO_STACK, Messenger
 
 Trace = dict[str, dict[str, Any]]
@@ -98,27 +99,51 @@ class _TimedValues(Messenger):
             msg["is_observed"] = True
 
 
+def is_scan(msg: dict[str, Any]) -> bool:
+    """Whether a message is a scan statement (and not, say, a ``cond``)."""
+    return msg["type"] == "control_flow" and msg["fn"] is scan_wrapper
+
+
+def _check_flow(trace: Trace) -> None:
+    """:raises ValueError: for latents inside a ``cond`` or a nested scan: they are drawn where no particle is seen."""
+    for name, site in trace.items():
+        if site["type"] == "sample" and not site["is_observed"] and site.get("_control_flow_done", False):
+            raise ValueError(
+                f"Site '{name}' stands inside a cond or a nested scan, where its draws cannot be told apart by particle. Sample "
+                f"'{name}' directly in the step and choose its parameters with jnp.where."
+            )
+
+
 class _CatchScan(Messenger):
     """Stop the program at its scan statement and hand the statement out."""
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] != "control_flow":
+        if not is_scan(msg):
             return
         stack = _PYRO_STACK[_PYRO_STACK.index(self) + 1 :]
         raise _ScanReached(_scan_from_message(msg, stack))
 
 
-def _at_step(value: Any, t: Array, length: int) -> Any:
-    return value[t] if jnp.ndim(value) > 0 and jnp.shape(value)[0] == length else value
-
-
 def _wrapped(handler: Messenger, length: int, body: Callable, t: Array) -> Callable:
-    """The step function under a handler that encloses the scan; arrays with a leading time axis are sliced."""
-    if isinstance(handler, handlers.mask):
-        return handlers.mask(body, mask=_at_step(handler.mask, t, length))
-    if isinstance(handler, handlers.scale):
-        return handlers.scale(body, scale=_at_step(handler.scale, t, length))
-    return handlers.uncondition(body)
+    """The step function under a handler that encloses the scan."""
+    if isinstance(handler, handlers.uncondition):
+        return handlers.uncondition(body)
+    return _Enclosing(body, handler, t, length)
+
+
+class _Enclosing(Messenger):
+    """A mask or a scale around the scan: it applies to the stacked sites, so the slice of each step is its own."""
+
+    def __init__(self, fn: Callable, handler: Messenger, t: Array, length: int) -> None:
+        super().__init__(fn)
+        self.handler, self.t, self.length = handler, t, length
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        is_mask = isinstance(self.handler, handlers.mask)
+        value = self.handler.mask if is_mask else self.handler.scale
+        if msg["type"] == "sample" and jnp.ndim(value) > len(msg["fn"].batch_shape):
+            value = jnp.broadcast_to(value, (self.length, *jnp.shape(value)[1:]))[self.t]
+        (handlers.mask(mask=value) if is_mask else handlers.scale(scale=value)).process_message(msg)
 
 
 def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger]) -> Scan:
@@ -167,7 +192,9 @@ def run_prefix(program: Callable[[], Any], *around: Messenger) -> tuple[Trace, S
             with _CatchScan():
                 _run_under(around, program)
         except _ScanReached as reached:
+            _check_flow(trace)
             return trace, reached.scan
+    _check_flow(trace)
     return trace, None
 
 
@@ -178,6 +205,7 @@ def run_step(scan: Scan, t: Array, carry: Any, x: Any, *around: Messenger) -> tu
     """
     with handlers.block(), handlers.trace() as trace:
         new_carry, output = _run_under(around, lambda: scan.at(t)(carry, x))
+    _check_flow(trace)
     for name, site in trace.items():
         if site["type"] == "param":
             raise ValueError(

@@ -230,7 +230,9 @@ class Sequence:
         new_state["model"], new_shared["model"] = self.model.split(carry)
         log_weight, log_score, values = self._weigh(model_trace, guide_trace)
         if self.after is not None:
-            log_weight = log_weight + self.after.log_density(t, output, carry, self.global_values, self.plates)
+            log_weight = log_weight + self.after.log_density(
+                t, output, carry, Fixed(self.global_values, plates), self.plates
+            )
         log_twist = jnp.zeros(self.batch_shape)
         if self.twisted:
             twists = sum(self._twist_value(site) for site in guide_trace.values() if site["type"] == "twist")

@@ -13,7 +13,7 @@ def twist(name: str, log_r: Array) -> Array:
     r"""State the log twist :math:`\log r_t(x_t)` of the current step, inside a guide's scan body.
 
     Twisted filters target :math:`p(x_{0:t}, y_{0:t})\, r_t(x_t)` at step :math:`t`; the best choice is the lookahead
-    likelihood :math:`r_t(x_t) = p(y_{t+1:T-1} \mid x_t)`. A constant added to :math:`\log r_t` changes nothing. The
+    likelihood :math:`r_t(x_t) = p(y_{t+1:T-1} \mid x_t)`. A constant added to :math:`\log r_t` changes no weight. The
     value at and after the last observation is ignored (:math:`r = 1` there), so the evidence estimate stays unbiased
     for any twist. :class:`~numpyro_smc.SIXO` and :class:`~numpyro_smc.ParticleFilter` use the statement; every other
     ELBO ignores it. Several twists in one step multiply.

@@ -63,7 +63,10 @@ def test_log_density_is_that_of_the_written_recursion(emission):
     def gru(inputs, h):
         gates, recurrent = cell.weight_ih @ inputs + cell.bias, cell.weight_hh @ h
         (reset, update, new), (reset_h, update_h, new_h) = np.split(gates, 3), np.split(recurrent, 3)
-        sigmoid = lambda a: 1 / (1 + np.exp(-a))
+
+        def sigmoid(a):
+            return 1 / (1 + np.exp(-a))
+
         reset, update = sigmoid(reset + reset_h), sigmoid(update + update_h)
         new = np.tanh(new + reset * (new_h + cell.bias_n))
         return new + update * (h - new)
