@@ -12,7 +12,7 @@ from numpyro.ops.provenance import eval_provenance
 from numpyro_smc.filtering.smoothing.genealogy import draw_final, take
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.replay import observed_values, simulated_step
-from numpyro_smc.programs.sequence import Cloud, Sequence
+from numpyro_smc.programs.sequence import Cloud, Program, Sequence
 
 
 def forecast(
@@ -41,13 +41,16 @@ def forecast(
 
 
 def _simulator(particle_filter: Any, filter_key: Array, program: Any, history: Any) -> Sequence:
-    """The model with its observations drawn. A likelihood after the scan is left out: only latents are forecast then."""
+    """The model with its observations drawn. A likelihood after the scan is left out: then only latents are forecast."""
     params, args, kwargs = program
     held = params | history.global_values
-    model, options = particle_filter.model, {"user": "forecast", "given_globals": False}
-    sequence = read_sequence(filter_key, model, None, held, args, kwargs, **options)
+
+    def read(model: Program) -> Sequence:
+        return read_sequence(filter_key, model, None, held, args, kwargs, user="forecast", given_globals=False)
+
+    sequence = read(particle_filter.model)
     if sequence.after is None:
-        return read_sequence(filter_key, handlers.uncondition(model), None, held, args, kwargs, **options)
+        return read(handlers.uncondition(particle_filter.model))
     sequence.after = None
     return sequence
 

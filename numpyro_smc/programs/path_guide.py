@@ -1,5 +1,8 @@
 """Guides that propose a whole path as one factorised site: the t-th factor is the proposal at step t."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, random
