@@ -41,7 +41,7 @@ def forecast(
 
 
 def _simulator(particle_filter: Any, filter_key: Array, program: Any, history: Any) -> Sequence:
-    """The model with its observations drawn. A likelihood after the scan is left out: then only latents are forecast."""
+    """The model with its observations drawn. A likelihood after the scan is left out; latents are forecast then."""
     params, args, kwargs = program
     held = params | history.global_values
 

@@ -109,7 +109,7 @@ def _check_flow(trace: Trace) -> None:
     for name, site in trace.items():
         if site["type"] == "sample" and not site["is_observed"] and site.get("_control_flow_done", False):
             raise ValueError(
-                f"Site '{name}' stands inside a cond or a nested scan, where its draws cannot be told apart by particle. "
+                f"Site '{name}' stands inside a cond or a nested scan, where draws are not told apart by particle. "
                 f"Sample '{name}' directly in the step and choose its parameters with jnp.where."
             )
 
