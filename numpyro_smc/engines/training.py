@@ -21,6 +21,7 @@ from numpyro.infer.svi import SVIState
 from tqdm import tqdm
 
 from numpyro_smc.engines.checkpoint import Progress
+from numpyro_smc.programs.compiled import is_array
 
 __all__ = ["FitResult", "fit"]
 
@@ -232,8 +233,8 @@ class _Program:
 
     def __init__(self, svi: SVI, args: tuple, kwargs: dict[str, Any], forward_mode_differentiation: bool) -> None:
         leaves, treedef = jax.tree.flatten((args, kwargs))
-        static = [_TRACED if _is_array(leaf) else leaf for leaf in leaves]
-        self.arrays = [jnp.asarray(leaf) for leaf in leaves if _is_array(leaf)]
+        static = [_TRACED if is_array(leaf) else leaf for leaf in leaves]
+        self.arrays = [jnp.asarray(leaf) for leaf in leaves if is_array(leaf)]
         meshes = [leaf.sharding.mesh for leaf in self.arrays if isinstance(leaf.sharding, NamedSharding)]
         self.replicated = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
         self.run = _compiled_steps(svi, treedef, static, forward_mode_differentiation)
@@ -301,12 +302,8 @@ def _compiled_steps(svi: SVI, treedef: Any, static: list, forward_mode_different
     return run
 
 
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) or (isinstance(leaf, np.ndarray) and leaf.dtype.kind not in "OUSMm")
-
-
 def _is_same(a: Any, b: Any) -> bool:
-    if _is_array(a) and _is_array(b):
+    if is_array(a) and is_array(b):
         return a is b or (a.dtype == b.dtype and np.array_equal(a, b))
     return a is b or (type(a) is type(b) and isinstance(a, Hashable) and bool(a == b))
 

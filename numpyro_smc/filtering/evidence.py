@@ -35,6 +35,26 @@ def log_evidence(
         ``num_particles``.
     :return: scalar, or ``[*batch]`` under plates that enclose the program. Memory O(N), independent of T.
     :raises FloatingPointError: if all weights vanish or are not a number.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
+        >>> from jax import random
+        >>> from numpyro.contrib.control_flow import scan
+        >>> from numpyro_smc import log_evidence
+        >>> def model(y):
+        ...     scale = numpyro.param("scale", 1.0)
+        ...     def step(x, y_t):
+        ...         x = numpyro.sample("x", dist.Normal(0.9 * x, scale))
+        ...         numpyro.sample("y", dist.Normal(x, 0.5), obs=y_t)
+        ...         return x, None
+        ...     scan(step, 0.0, y)
+        >>> y = jnp.array([0.5, 0.1, -0.3])
+        >>> value = log_evidence(random.key(0), model, {"scale": 0.7}, y, num_particles=10_000, batch_size=1000)
+        >>> bool(-3.2 < value < -2.2)
+        True
     """
     particle_filter = _evidence_filter(model, num_particles, guide, resampler, resample, ess_threshold, batch_size)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((rng_key, params, args, kwargs))):

@@ -98,7 +98,7 @@ def later_inputs(particle_filter: Any, filter_key: Array, program: Any, history:
 
 
 def not_finite(particle_filter: Any, rng_key: Array, program: Any, t: int) -> list[str]:
-    """Names of the observed sites that hold non-finite, unmasked values at step ``t``."""
+    """Names of the observed sites that hold non-finite, unmasked values at step ``t`` (-1: before the scan)."""
     params, args, kwargs = program
     sequence = particle_filter.read(random.split(rng_key)[0], params, args, kwargs)
     sites = observed_values(sequence.model, t)

@@ -226,7 +226,7 @@ class FilterResult:
             return
         first = int(broken.argmax()) - 1
         where = "before the first step" if first < 0 else f"at step {first}"
-        broken_sites = forecasting.not_finite(self.filter, self.rng_key, self.program, first) if first >= 0 else []
+        broken_sites = forecasting.not_finite(self.filter, self.rng_key, self.program, first)
         sites = ", ".join(f"'{name}'" for name in broken_sites)
         if sites:
             raise FloatingPointError(

@@ -57,8 +57,10 @@ def simulated_step(model: Half, t: int, x: Any) -> tuple[Any, Trace]:
 
 
 def observed_values(model: Half, t: int) -> dict[str, Array]:
-    """Unmasked observed values of step ``t``, masked ones replaced by zero."""
-    _, trace = simulated_step(model, t, jax.tree.map(lambda leaf: leaf[t], model.scan.inputs()))
+    """Unmasked observed values of step ``t`` (-1: before the scan), masked ones replaced by zero."""
+    trace = model.prefix
+    if t >= 0:
+        _, trace = simulated_step(model, t, jax.tree.map(lambda leaf: leaf[t], model.scan.inputs()))
     return {name: unmasked_value(site) for name, site in trace.items() if is_observed(site)}
 
 

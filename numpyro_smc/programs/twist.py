@@ -59,6 +59,17 @@ def gauss_hermite(log_likelihood: Callable[[Array], Array], loc: Array, scale: A
     :param scale: standard deviation, broadcastable with ``loc``.
     :param degree: number of nodes; exact when :math:`e^f` is a polynomial of degree below ``2 * degree``.
     :return: array of the broadcast shape. Cost: ``degree`` evaluations of ``log_likelihood``.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import jax.numpy as jnp, numpyro.distributions as dist
+        >>> from numpyro_smc import gauss_hermite
+        >>> value = gauss_hermite(lambda z: dist.Normal(z, 1.0).log_prob(0.3), jnp.array(0.5), jnp.array(0.2))
+        >>> exact = dist.Normal(0.5, jnp.sqrt(1.04)).log_prob(0.3)
+        >>> bool(abs(value - exact) < 1e-5)
+        True
     """
     roots, weights = np.polynomial.hermite.hermgauss(degree)
     loc, scale = jnp.broadcast_arrays(loc, scale)
