@@ -22,6 +22,7 @@ from numpyro_smc.programs.sites import (
     BatchPlates,
     enclosing_plates,
     is_latent,
+    is_observed,
     log_density,
     plate_indices,
     plate_scales,
@@ -52,8 +53,8 @@ def read_sequence(
     if isinstance(guide, Bootstrap):
         guide, given_globals = None, False
     guide_key, model_key = random.split(rng_key)
-    bound_model = handlers.substitute(partial(model, *args, **kwargs), data=params)
     params = jax.tree.map(jnp.asarray, params)
+    bound_model = handlers.substitute(partial(model, *args, **kwargs), data=params)
     guide_trace: Trace = {}
     guide_half, path, bound_guide = None, {}, None
     if guide is not None:
@@ -123,12 +124,15 @@ def _read_globals(sequence: Sequence, has_guide: bool, given_globals: bool) -> N
 def _read_plates(sequence: Sequence) -> None:
     halves = [sequence.model] + ([sequence.guide] if sequence.guide is not None else [])
     sites = [site for half in halves for site in half.step_sites.values() if site["type"] == "sample"]
+    uses, particle_latents = sequence.model.uses, sequence.model.particle_latents
     prefix_sites = [
         site
         for trace in (sequence.model.prefix, sequence.guide_prefix)
         for name, site in trace.items()
         if site["type"] == "sample" and name not in sequence.global_values
     ]
+    of_globals = [s for s in prefix_sites if is_observed(s) and not uses[s["name"]] & particle_latents]
+    prefix_sites = [site for site in prefix_sites if not any(site is other for other in of_globals)]
     scales: dict[str, float] = {}
     for half in halves:
         scales |= plate_scales(half.prefix) | plate_scales(half.step_sites)
@@ -141,6 +145,11 @@ def _read_plates(sequence: Sequence) -> None:
     scales = {name: scale for name, scale in scales.items() if name in used or name not in global_plates}
     within = None if sequence.after is None else sequence.after.plates
     sequence.plates = enclosing_plates(sites + prefix_sites, scales, within)
+    # Data about global latents alone weigh every particle alike; they belong to no problem in particular.
+    if sequence.plates.names:
+        sequence.global_observed = frozenset(site["name"] for site in of_globals)
+    else:
+        prefix_sites += of_globals
     # A scale common to every site scales the bound; other scales stay within the weights.
     known = {site["scale"] for site in sites} | {_concrete(site["scale"]) for site in prefix_sites}
     common = known.pop() if len(known) == 1 else None
@@ -164,4 +173,6 @@ def _log_global_weight(sequence: Sequence) -> Array:
             total = total - log_density(proposal, whole)
             if name in sequence.model.prefix:
                 total = total + log_density(sequence.model.prefix[name], whole)
+    for name in sequence.global_observed:
+        total = total + log_density(sequence.model.prefix[name], whole)
     return total

@@ -54,7 +54,15 @@ class Move(NamedTuple):
 
 
 class Sequence:
-    """A model with one scan, in lockstep with an optional guide. :func:`~.reading.read_sequence` makes one."""
+    """A model with one scan, in lockstep with an optional guide. :func:`~.reading.read_sequence` makes one.
+
+    - **model**, **guide** - the two programs as read; **path** - the sites of a guide that proposes whole paths.
+    - **plates** - the plates that enclose everything; **bound_scale** - a scale common to every site.
+    - **global_values** - latents drawn once for all particles; **log_global_weight** - their log p - log q.
+    - **given** - names of latents to condition on; **global_observed** - data about global latents alone.
+    - **after** - the likelihood after the scan. **twisted** - whether twists count. **look_ahead** - where they do.
+    - **gradient_of_draws** - for draws without a reparameterised sampler: ``"ignore"``, ``"score"`` or ``"weights"``.
+    """
 
     def __init__(
         self,
@@ -76,6 +84,7 @@ class Sequence:
         self.log_global_weight = jnp.asarray(0.0)
         self.global_values: dict[str, Array] = {}
         self.given: frozenset[str] = frozenset()
+        self.global_observed: frozenset[str] = frozenset()
         self.plates = BatchPlates()
         self.bound_scale = 1.0
         self.gradient_of_draws = "ignore"
@@ -192,7 +201,8 @@ class Sequence:
         if self.proposes:
             self._check_all_proposed(model_trace, self.model.particle_latents)
         for name, site in model_trace.items():
-            if name in self.global_values or site["type"] not in ("sample", "deterministic"):
+            of_particle = name not in self.global_values and name not in self.global_observed
+            if not of_particle or site["type"] not in ("sample", "deterministic"):
                 continue
             if not is_observed(site):
                 values[name] = site["value"]
@@ -277,12 +287,11 @@ class Sequence:
             return self._differentiable(log_p - log_q, log_q, proposal["fn"])
         if self.gradient_of_draws != "ignore" and not site["fn"].has_rsample:
             log_q = self.log_density(site)
-            return self._differentiable(nothing, log_q, site["fn"], log_p=log_q)
+            return self._differentiable(nothing, log_q, site["fn"])
         return nothing, nothing
 
-    def _differentiable(
-        self, increment: Array, log_q: Array, fn: Any, log_p: Array | None = None
-    ) -> tuple[Array, Array]:
+    def _differentiable(self, increment: Array, log_q: Array, fn: Any) -> tuple[Array, Array]:
+        """A log weight and the score of its draw, by how the gradient of draws is to be taken."""
         if fn.has_rsample or self.gradient_of_draws == "ignore":
             return increment, jnp.zeros(self.batch_shape)
         if self.gradient_of_draws == "score":
