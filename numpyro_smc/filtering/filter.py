@@ -24,6 +24,11 @@ from numpyro_smc.programs.sequence import Program, Sequence
 from numpyro_smc.programs.weights import normalise
 
 
+def as_arrays(params: dict[str, Any] | None) -> dict[str, Any]:
+    """Parameters as arrays: a new number is then a new value, not a new program to compile."""
+    return jax.tree.map(jnp.asarray, params or {})
+
+
 class ParticleFilter:
     r"""Particle filter of an unmodified NumPyro model with one ``scan`` [1, 2].
 
@@ -113,7 +118,7 @@ class ParticleFilter:
         :return: the evidence, weights, particles and ancestors, with methods for smoothing and forecasts.
         :raises FloatingPointError: if all weights are zero or not a number at some step, naming the step and the sites.
         """
-        params = params or {}
+        params = as_arrays(params)
         log_evidence, history = self._compiled_run(rng_key, params, args, kwargs)
         result = FilterResult(self, rng_key, (params, args, kwargs), log_evidence, history)
         result.check_finite()
@@ -123,7 +128,7 @@ class ParticleFilter:
         """The log evidence alone, ``[*batch]``: pure and differentiable,
         for use under ``jit``, ``grad`` and ``vmap``.
         """
-        return self._run(rng_key, params or {}, args, kwargs, history=False)[0]
+        return self._run(rng_key, as_arrays(params), args, kwargs, history=False)[0]
 
     def read(
         self, rng_key: Array, params: dict[str, Any], args: Any, kwargs: Any, model: Program | None = None
@@ -171,7 +176,7 @@ class ParticleFilter:
             run with them.
         :return: the running state; advance it with :meth:`update`.
         """
-        program = (params or {}, args, kwargs)
+        program = (as_arrays(params), args, kwargs)
         if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
             rng_key = random.wrap_key_data(rng_key)
         return self._compiled_init(rng_key, *program)._replace(program=program)

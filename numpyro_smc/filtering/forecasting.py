@@ -22,13 +22,21 @@ def forecast(
 
     :param later: the inputs of those steps, from :func:`later_inputs`, and their numbers.
     """
+    params, args, kwargs = program
+    filtered = particle_filter.read(filter_key, params | history.global_values, args, kwargs)
     sequence = _simulator(particle_filter, filter_key, program, history)
     final_key, step_key = random.split(rng_key)
     chosen = draw_final(final_key, history.log_weights, num_samples)
-    rank = chosen.ndim - 1
-    particles = {"model": history.cloud.particles["model"]}
-    particles = jax.tree.map(lambda leaf: take(leaf, chosen, rank), particles)
-    cloud = Cloud(particles, {"model": history.cloud.shared["model"]})
+    moving, still = iter(history.cloud.particles["model"]), iter(history.cloud.shared["model"])
+    particles, shared = [], []
+    # What was observed in the filter is drawn from now on, so more of the carry differs between particles.
+    for moved, moves in zip(filtered.model.moving, sequence.model.moving, strict=True):
+        leaf = take(next(moving), chosen, chosen.ndim - 1) if moved else next(still)
+        if moves:
+            particles.append(leaf if moved else jnp.broadcast_to(leaf, (num_samples, *leaf.shape)))
+        else:
+            shared.append(leaf[0] if moved else leaf)
+    cloud = Cloud({"model": particles}, {"model": shared})
 
     def step(cloud: Cloud, timed: tuple[Array, Any]) -> tuple[Cloud, dict[str, Array]]:
         t, x = timed

@@ -134,7 +134,15 @@ def _read_plates(sequence: Sequence) -> None:
     of_globals = [s for s in prefix_sites if is_observed(s) and not uses[s["name"]] & particle_latents]
     prefix_sites = [site for site in prefix_sites if not any(site is other for other in of_globals)]
     scales: dict[str, float] = {}
+    prefix_plates = plate_indices(sequence.model.prefix) | plate_indices(sequence.guide_prefix)
     for half in halves:
+        for name, scale in plate_scales(half.step_sites).items():
+            if scale != 1.0 and name not in prefix_plates:
+                raise ValueError(
+                    f"{sequence.user}: plate '{name}' is subsampled inside the scan's step only, so each step would see other "
+                    f"elements of it. Make the plate before the scan, plate = numpyro.plate('{name}', ...), and enter it "
+                    f"in the step."
+                )
         scales |= plate_scales(half.prefix) | plate_scales(half.step_sites)
     global_plates = {
         frame.name

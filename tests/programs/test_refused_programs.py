@@ -342,6 +342,20 @@ def test_subsampled_plate_that_does_not_enclose_the_program():
         run(inner, SERIES)
 
 
+def test_subsampled_plate_that_each_step_draws_anew():
+    def anew(y):
+        def step(x, y_t):
+            with numpyro.plate("series", 3, subsample_size=2) as rows:
+                x = numpyro.sample("x", dist.Normal(x, 1.0))
+                numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t[rows])
+            return x, None
+
+        scan(step, jnp.zeros(2), y)
+
+    with refuses(ValueError, "'series'", "subsampled", "before the scan"):
+        run(anew, SERIES)
+
+
 # ---- models and guides that do not match
 
 

@@ -100,7 +100,7 @@ class UserProgram:
     - **params** - values of ``param`` sites and of latents that must be given.
     - **exact** - function to the exact answer.
     - **guide** - a guide that goes with the model, or ``None``.
-    - **num_observed** - number of steps that have data, where the scan runs on beyond them.
+    - **num_observed** - by site, the number of steps that have data where the scan runs on beyond them.
     - **discrete** - whether a latent has no reparameterised sampler.
     - **scale** - what handlers and plates multiply the log evidence with.
     """
@@ -112,7 +112,7 @@ class UserProgram:
     params: dict[str, Any] = field(default_factory=dict)
     num_particles: int = 64
     guide: Callable[..., Any] | None = None
-    num_observed: int | None = None
+    num_observed: dict[str, int] = field(default_factory=dict)
     discrete: bool = False
     scale: float = 1.0
 
@@ -344,7 +344,7 @@ PROGRAMS["Holt-Winters with a horizon"] = UserProgram(
     {"future": 4},
     params=SMOOTHING_PARAMS,
     num_particles=256,
-    num_observed=10,
+    num_observed={"pred": 10},
 )
 
 
@@ -387,7 +387,7 @@ PROGRAMS["structural series with a horizon"] = UserProgram(
     (len(LEVEL_DATA),),
     {"horizon": 3},
     params={"spread": 0.3},
-    num_observed=10,
+    num_observed={"y": 10},
 )
 
 
@@ -499,6 +499,45 @@ PROGRAMS["HMM of tones with lengths"] = UserProgram(
     (SEQUENCES, LENGTHS),
     params={"probs_x": PROBS_X, "probs_y": PROBS_Y_BY_TONE},
     discrete=True,
+)
+
+
+def second_order(y):
+    """The state depends on the last two; `history` is for enumeration."""
+
+    def step(carry, y_t):
+        older, old = carry
+        z = numpyro.sample("z", dist.Categorical(jnp.asarray(PAIRS)[older, old]), infer={"enumerate": "parallel"})
+        numpyro.sample("y", dist.Normal(jnp.array([-0.7, 0.8])[z], 0.8), obs=y_t)
+        return (old, z), z
+
+    scan(step, (0, 0), y, history=2)
+
+
+PAIRS = np.array([[[0.8, 0.2], [0.4, 0.6]], [[0.3, 0.7], [0.5, 0.5]]], np.float32)
+
+
+def exact_second_order(known=()):
+    """Forward algorithm over pairs of states, the first of which may be known."""
+    transition = np.full((4, 4), 1e-300)
+    for older, old, new in itertools.product([0, 1], repeat=3):
+        transition[2 * older + old, 2 * old + new] = PAIRS[older, old, new]
+
+    def log_likelihood(t):
+        new = np.array([0, 1, 0, 1])
+        found = stats.norm(np.array([-0.7, 0.8])[new], 0.8).logpdf(LEVEL_DATA[t])
+        return np.where((t >= len(known)) | (new == [*known, 0][min(t, len(known))]), found, -700.0)
+
+    return Exact(forward(np.array([1.0, 1e-300, 1e-300, 1e-300]), transition, log_likelihood, 10))
+
+
+PROGRAMS["second-order HMM"] = UserProgram(second_order, exact_second_order, (LEVEL_DATA,), discrete=True)
+PROGRAMS["semi-supervised HMM"] = UserProgram(
+    handlers.condition(second_order, data={"z": jnp.array([1, 1, 0])}),
+    partial(exact_second_order, (1, 1, 0)),
+    (LEVEL_DATA,),
+    discrete=True,
+    num_observed={"z": 3},
 )
 
 
@@ -752,6 +791,69 @@ SUBSAMPLED_DATA = simulate_walk(5, 8, 5) + 0.4 * np.arange(5, dtype=np.float32)
 
 def exact_subsampled(rows):
     return np.array([kalman(SUBSAMPLED_DATA[:, row], 0, 1, 0.8, 0.25, 1, 0.25)[0] for row in rows])
+
+
+def panel(y):
+    """Two plates around everything: products in regions."""
+    scale = numpyro.param("scale", 0.5, constraint=constraints.positive)
+
+    def step(x, y_t):
+        with numpyro.plate_stack("panel", y.shape[1:]):
+            x = numpyro.sample("x", dist.Normal(0.8 * x, scale))
+            numpyro.sample("y", dist.Normal(x, 0.5), obs=y_t)
+        return x, x
+
+    scan(step, jnp.zeros(y.shape[1:]), y)
+
+
+def panel_guide(y):
+    """The whole panel of paths as one plated site."""
+    loc = numpyro.param("loc", jnp.zeros(y.shape))
+    with numpyro.plate("time", y.shape[0], dim=-3), numpyro.plate_stack("panel", y.shape[1:]):
+        numpyro.sample("x", dist.Normal(loc, 0.7))
+
+
+def without_plate(y):
+    """Series side by side with neither plate nor to_event: NumPyro sums them, so they are one problem."""
+    scale = numpyro.param("scale", 0.5, constraint=constraints.positive)
+
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.Normal(0.8 * x, scale))
+        numpyro.sample("y", dist.Normal(x, 0.5), obs=y_t)
+        return x, x
+
+    scan(step, jnp.zeros(y.shape[1]), y)
+
+
+PANEL_DATA = 0.6 * simulate_walk(10, 6, 2, 3)
+
+
+def exact_panel(y):
+    flat = y.reshape(len(y), -1)
+    found = [kalman(flat[:, b], 0, 0, 0.8, 0.25, 1, 0.25) for b in range(flat.shape[1])]
+    means = np.stack([f[1][:, 0] for f in found], 1).reshape(y.shape)
+    return Exact(np.array([f[0] for f in found]).reshape(y.shape[1:]), {"x": means})
+
+
+def exact_without_plate():
+    log_evidence, means, _ = exact_panel(PANEL_DATA[:, 0, :2])
+    return Exact(log_evidence.sum(), means)
+
+
+PROGRAMS["panel of two plates"] = UserProgram(
+    panel, partial(exact_panel, PANEL_DATA), (PANEL_DATA,), params={"scale": 0.5}
+)
+PROGRAMS["panel of two plates, path guide"] = UserProgram(
+    panel,
+    partial(exact_panel, PANEL_DATA),
+    (PANEL_DATA,),
+    params={"scale": 0.5, "loc": 0.5 * PANEL_DATA},
+    guide=panel_guide,
+    num_particles=256,
+)
+PROGRAMS["series without a plate"] = UserProgram(
+    without_plate, exact_without_plate, (PANEL_DATA[:, 0, :2],), params={"scale": 0.5}
+)
 
 
 # ---- missing data
@@ -1041,6 +1143,74 @@ PROGRAMS["positive states, Gamma start"] = UserProgram(
     positive_states, exact_positive_states, (POSITIVE_DATA,), params={"shape": 3.0}
 )
 PROGRAMS["heavy tails"] = UserProgram(heavy_tails, exact_heavy_tails, (LEVEL_DATA[:6],), params={"df": 4.0})
+
+
+def mixed_transitions(y):
+    """Jumps or stays, the two marginalised in a mixture distribution; the likelihood is a factor statement."""
+    jump = numpyro.param("jump", 0.2, constraint=constraints.unit_interval)
+
+    def step(x, y_t):
+        parts = dist.Normal(jnp.stack([x, 0.0 * x]), jnp.array([0.2, 1.0]))
+        x = numpyro.sample("x", dist.MixtureSameFamily(dist.Categorical(jnp.stack([1 - jump, jump])), parts))
+        numpyro.factor("seen", dist.Normal(x, 0.6).log_prob(y_t))
+        return x, x
+
+    scan(step, 0.0, y)
+
+
+def truncated_states(y):
+    floor = numpyro.param("floor", 0.1)
+
+    def step(x, y_t):
+        x = numpyro.sample("x", dist.TruncatedNormal(0.8 * x, 0.6, low=floor))
+        numpyro.sample("y", dist.Normal(x, 0.6).mask(y_t > -1.0), obs=y_t)
+        return x, x
+
+    x_0 = numpyro.sample("x_0", dist.HalfNormal(1.0))
+    scan(step, x_0, y)
+
+
+def exact_mixed_transitions():
+    grid = np.linspace(-7, 7, 1400)
+
+    def log_transition(t, new, old):
+        if t == 0:  # from zero
+            old = 0.0 * old
+        return np.logaddexp(np.log(0.8) + stats.norm.logpdf(new, old, 0.2), np.log(0.2) + stats.norm.logpdf(new, 0, 1))
+
+    start = stats.norm(0, 1).logpdf(grid)
+    log_evidence, means = on_grid(
+        grid, start, log_transition, lambda t, x: stats.norm(x, 0.6).logpdf(LEVEL_DATA[t]), 10
+    )
+    return Exact(log_evidence, {"x": means})
+
+
+def exact_truncated_states():
+    # The grid's points are midpoints, so that both the start on x > 0 and the states on x > floor are covered.
+    width = 0.005
+    start = np.arange(0.5 * width, 7, width)
+    grid = np.arange(0.1 + 0.5 * width, 7.1, width)
+
+    def log_transition(new, old):
+        return stats.norm.logpdf(new, 0.8 * old, 0.6) - stats.norm.logsf(0.1, 0.8 * old, 0.6)
+
+    def log_likelihood(t):
+        return stats.norm(grid, 0.6).logpdf(LEVEL_DATA[t]) * (LEVEL_DATA[t] > -1.0)
+
+    first = log_transition(grid[:, None], start[None]) + stats.halfnorm.logpdf(start)
+    log_alpha = logsumexp(first, axis=1) + np.log(width) + log_likelihood(0)
+    between = log_transition(grid[:, None], grid[None])
+    for t in range(1, 6):
+        log_alpha = logsumexp(between + log_alpha, axis=1) + np.log(width) + log_likelihood(t)
+    return Exact(logsumexp(log_alpha) + np.log(width))
+
+
+PROGRAMS["mixture as transition, factor as likelihood"] = UserProgram(
+    mixed_transitions, exact_mixed_transitions, (LEVEL_DATA,), params={"jump": 0.2}
+)
+PROGRAMS["truncated states, masked distribution"] = UserProgram(
+    truncated_states, exact_truncated_states, (LEVEL_DATA[:6],), params={"floor": 0.1}
+)
 
 
 # ---- reparameterised steps

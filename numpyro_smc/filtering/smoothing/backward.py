@@ -61,7 +61,8 @@ def sample_paths(
 
             def exact(operand: tuple[Array, dict[str, Array]]) -> Array:
                 key, future = operand
-                logits = log_weights + jax.vmap(density, (0, None))(particles, future)
+                each = jax.vmap(lambda i: density(jax.tree.map(lambda leaf: leaf[i], particles), future))
+                logits = log_weights + each(jnp.arange(log_weights.shape[0]))
                 return random.categorical(key, logits, axis=0)
 
             parent = lax.map(exact, (random.split(key, num_samples), future), batch_size=batch_size)
@@ -69,7 +70,9 @@ def sample_paths(
             parent = take(ancestors, index, rank)
 
             def log_target(index: Array) -> Array:
-                return jax.vmap(density)(jax.tree.map(lambda leaf: take(leaf, index, rank), particles), future)
+                past = jax.tree.map(lambda leaf: take(leaf, index, rank), particles)
+                each = jax.vmap(lambda m: density(*jax.tree.map(lambda leaf: leaf[m], (past, future))))
+                return each(jnp.arange(num_samples))
 
             current = log_target(parent)
             for number in range(num_mcmc_steps):
