@@ -1,9 +1,11 @@
-"""Shared set-up: a persistent compilation cache (compiling dominates the run) and no display."""
+"""Shared set-up: a persistent compilation cache (compiling dominates the run), two devices, no display."""
 
 import os
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Two devices, so that sharded data can be tested; everything else runs on the first.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
 import jax
 

@@ -139,9 +139,9 @@ def _read_plates(sequence: Sequence) -> None:
         for name, scale in plate_scales(half.step_sites).items():
             if scale != 1.0 and name not in prefix_plates:
                 raise ValueError(
-                    f"{sequence.user}: plate '{name}' is subsampled inside the scan's step only, so each step would see other "
-                    f"elements of it. Make the plate before the scan, plate = numpyro.plate('{name}', ...), and enter it "
-                    f"in the step."
+                    f"{sequence.user}: plate '{name}' is subsampled inside the scan's step only, so each step would "
+                    f"see other elements of it. Make the plate before the scan, plate = numpyro.plate('{name}', ...), "
+                    f"and enter it in the step."
                 )
         scales |= plate_scales(half.prefix) | plate_scales(half.step_sites)
     global_plates = {

@@ -184,7 +184,6 @@ def test_numbers_are_static_by_value_and_type():
     assert not np.isclose(first, changed).any()
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs XLA_FLAGS=--xla_force_host_platform_device_count=2")
 def test_sharded_data_compile_once_and_take_the_same_steps():
     y, svi = jnp.arange(4.0), make_svi(CountedELBO())
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("series",))

@@ -171,3 +171,29 @@ def test_a_long_float32_series_keeps_its_digits():
 
     result = ParticleFilter(constant, 10, resample="always").run(random.key(0))
     np.testing.assert_allclose(result.log_evidence, 2000.0, rtol=1e-6)
+
+
+def test_a_static_latent_that_travels_in_the_carry_belongs_to_each_particle():
+    """theta ~ N(0, 1) reaches the steps through the carry alone: y is jointly Gaussian with covariance I + 11'."""
+
+    def model(y):
+        theta = numpyro.sample("theta", dist.Normal(0.0, 1.0))
+
+        def step(carry, y_t):
+            theta, count = carry
+            numpyro.sample("y", dist.Normal(theta, 1.0), obs=y_t)
+            return (theta, count + 1), None
+
+        scan(step, (theta, 0), y)
+
+    y = jnp.array([0.4, 1.1, -0.2, 0.8])
+    exact = dist.MultivariateNormal(jnp.zeros(4), jnp.eye(4) + jnp.ones((4, 4))).log_prob(y)
+    assert_unbiased_evidence(estimates(ParticleFilter(model, 64, resample="always"), 1000, y), exact)
+
+
+def test_equal_initial_weights_are_not_resampled():
+    result = ParticleFilter(lg.ar1_model, 16, resample="always").run(random.key(0), SERIES, **AR1)
+    assert not result.resampled[0] and result.resampled[1:].all()
+    np.testing.assert_array_equal(result.ancestors[0], np.arange(16))
+    guided = ParticleFilter(lg.ar1_model, 16, guide=ar1_guide, resample="always").run(random.key(0), SERIES, **AR1)
+    assert guided.resampled.all()

@@ -1206,7 +1206,7 @@ def exact_truncated_states():
 
 
 PROGRAMS["mixture as transition, factor as likelihood"] = UserProgram(
-    mixed_transitions, exact_mixed_transitions, (LEVEL_DATA,), params={"jump": 0.2}
+    mixed_transitions, exact_mixed_transitions, (LEVEL_DATA,), params={"jump": 0.2}, discrete=True
 )
 PROGRAMS["truncated states, masked distribution"] = UserProgram(
     truncated_states, exact_truncated_states, (LEVEL_DATA[:6],), params={"floor": 0.1}
