@@ -135,6 +135,33 @@ def test_likelihood_after_the_scan_of_neighbours():
         run(differences, Y)
 
 
+def test_likelihood_after_the_scan_that_does_not_split_on_a_bounded_support():
+    def bounded(y):
+        def step(x, _):
+            x = numpyro.sample("x", dist.Normal(0.9 * x, 1.0))
+            return x, x
+
+        _, xs = scan(step, 0.0, None, length=len(y))
+        numpyro.sample("y", dist.Uniform(xs.cumsum(), 30.0), obs=y)
+
+    with refuses(ValueError, "'y'", "does not split over time", "into the step"):
+        run(bounded, 20.0 + Y)
+
+
+def test_the_site_that_does_not_split_is_named():
+    def two(y):
+        def step(x, _):
+            x = numpyro.sample("x", dist.Normal(0.9 * x, 1.0))
+            return x, x
+
+        _, xs = scan(step, 0.0, None, length=len(y))
+        numpyro.sample("y", dist.Normal(xs, 1.0), obs=y)
+        numpyro.sample("total", dist.Normal(xs.sum(), 1.0), obs=0.0)
+
+    with refuses(ValueError, "'total'", "does not split over time"):
+        run(two, Y)
+
+
 def test_reverse_scan():
     def backwards(y):
         def step(x, y_t):
@@ -509,6 +536,21 @@ def test_particle_mark_on_a_global_latent():
         scan(step, 0.0, y)
 
     with refuses(ValueError, "'scale'", "particle", "initial carry"):
+        run(marked, Y)
+
+
+def test_initial_latent_marked_as_global():
+    def marked(y):
+        x_0 = numpyro.sample("x_0", dist.Normal(0.0, 1.0), infer={"particle": False})
+
+        def step(x, y_t):
+            x = numpyro.sample("x", dist.Normal(x, 1.0))
+            numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t)
+            return x, None
+
+        scan(step, x_0, y)
+
+    with refuses(ValueError, "'x_0'", "global latent", "params="):
         run(marked, Y)
 
 

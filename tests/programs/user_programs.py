@@ -502,6 +502,30 @@ PROGRAMS["HMM of tones with lengths"] = UserProgram(
 )
 
 
+def hmm_guide(sequences, lengths, hidden_dim=3):
+    """Proposes states from the tones of the step, under the model's plates and masks."""
+    num_sequences, _, data_dim = sequences.shape
+    weights = numpyro.param("weights", 0.5 * jnp.ones((data_dim, hidden_dim)))
+
+    def transition_fn(t, y):
+        with numpyro.plate("sequences", num_sequences, dim=-2), handlers.mask(mask=(t < lengths)[..., None]):
+            numpyro.sample("x", dist.Categorical(logits=(y @ weights)[:, None]))
+        return t + 1, None
+
+    scan(transition_fn, 0, jnp.swapaxes(sequences, 0, 1))
+
+
+PROGRAMS["HMM with lengths, guided"] = UserProgram(
+    hmm,
+    partial(exact_hmm, PROBS_Y),
+    (SEQUENCES, LENGTHS),
+    params={"probs_x": PROBS_X, "probs_y": PROBS_Y, "weights": np.array([[0.3, 0, 0], [0, 0.2, 0.4]], np.float32)},
+    guide=hmm_guide,
+    discrete=True,
+    num_particles=128,
+)
+
+
 def second_order(y):
     """The state depends on the last two; `history` is for enumeration."""
 
@@ -870,6 +894,19 @@ def gaps_by_obs_mask(y, observed):
     scan(step, x_0, (y, observed))
 
 
+def gaps_by_obs_mask_guide(y, observed):
+    """Leaves the missing observations to the model."""
+    width = numpyro.param("width", 0.6, constraint=constraints.positive)
+
+    def step(x, inputs):
+        y_t, observed_t = inputs
+        x = numpyro.sample("x", dist.Normal(jnp.where(observed_t, 0.5 * (x + y_t), 0.9 * x), width))
+        return x, None
+
+    x_0 = numpyro.sample("x_0", dist.Normal(0.0, 1.0))
+    scan(step, x_0, (y, observed))
+
+
 def gaps_as_nan(y):
     scale = numpyro.param("scale", 0.5, constraint=constraints.positive)
 
@@ -904,6 +941,13 @@ def exact_gaps():
 
 
 PROGRAMS["missing data by obs_mask"] = UserProgram(gaps_by_obs_mask, exact_gaps, (LEVEL_DATA, OBSERVED))
+PROGRAMS["missing data by obs_mask, guided"] = UserProgram(
+    gaps_by_obs_mask,
+    exact_gaps,
+    (LEVEL_DATA, OBSERVED),
+    params={"width": 0.6},
+    guide=gaps_by_obs_mask_guide,
+)
 PROGRAMS["missing data as NaN under a mask"] = UserProgram(
     gaps_as_nan, exact_gaps, (HOLED_DATA,), params={"scale": 0.5}
 )
@@ -1049,6 +1093,101 @@ PROGRAMS["likelihood after the scan in a plate"] = UserProgram(
 PROGRAMS["likelihood of the last state"] = UserProgram(
     likelihood_of_last, exact_likelihood_of_last, (LAST_DATA, 6), params={"scale": 0.5}
 )
+
+
+def plated_walk(T=6):
+    def step(z, _):
+        with numpyro.plate("series", 2):
+            z = numpyro.sample("z", dist.Normal(0.9 * z, 0.5))
+        return z, z
+
+    return scan(step, jnp.zeros(2), None, length=T)
+
+
+def after_in_plates_of_time_and_series(y):
+    _, z = plated_walk()
+    with numpyro.plate("time", 6, dim=-2), numpyro.plate("series", 2, dim=-1):
+        numpyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+def after_in_plate_of_series(y):
+    _, z = plated_walk()
+    with numpyro.plate("series", 2):
+        numpyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+def after_as_events(y):
+    _, z = walk(0.5, 6)
+    numpyro.sample("y", dist.Normal(z, 0.5).to_event(2), obs=y)
+
+
+def after_multivariate(y):
+    _, z = walk(0.5, 6)
+    numpyro.sample("y", dist.MultivariateNormal(z, 0.3 * jnp.eye(2)), obs=y)
+
+
+def after_with_noise_scale(y):
+    noise = numpyro.sample("noise", dist.HalfNormal(1.0))
+    _, z = walk(0.5, 6)
+    numpyro.sample("y", dist.Normal(z[:, 0], noise), obs=y[:, 0])
+
+
+def after_under_mask(y):
+    _, z = walk(0.5, 6)
+    with handlers.mask(mask=y[:, 0] > 0):
+        numpyro.sample("y", dist.Normal(z[:, 0], 0.5), obs=y[:, 0])
+
+
+def after_twice(y):
+    last, z = walk(0.5, 6)
+    numpyro.sample("y", dist.Normal(z, 0.5).to_event(1), obs=y)
+    numpyro.sample("end", dist.Normal(last.sum(), 0.3), obs=1.0)
+
+
+def after_and_in_the_step(y):
+    def step(z, y_t):
+        z = numpyro.sample("z", dist.Normal(0.9 * z, 0.5))
+        numpyro.sample("first", dist.Normal(z, 0.5), obs=y_t[0])
+        return z, (z, 0.5 * z)
+
+    _, (z, half) = scan(step, 0.0, y)
+    numpyro.sample("second", dist.Normal(z + half, 0.5), obs=y[:, 1])
+
+
+def after_as_factor(y):
+    _, z = walk(0.5, 6)
+    numpyro.factor("seen", dist.Normal(z[:, 1], 0.5).log_prob(y[:, 1]))
+
+
+def after_on_bounded_support(y):
+    _, z = walk(0.5, 6)
+    numpyro.sample("y", dist.Uniform(z[:, 0] + 10.0, 40.0), obs=20.0 + y[:, 0])
+
+
+def after_one_step(y):
+    _, z = walk(0.5, 1)
+    numpyro.sample("y", dist.Normal(z, 0.5), obs=y[:1])
+
+
+AFTER_DATA = 0.6 * simulate_walk(11, 6, 2)
+
+#: More ways of stating the likelihood after the scan; their weights are compared with NumPyro's own densities.
+LIKELIHOODS_AFTER = {
+    program.__name__: UserProgram(program, Exact, (jnp.asarray(AFTER_DATA),), params=params)
+    for program, params in [
+        (after_in_plates_of_time_and_series, {}),
+        (after_in_plate_of_series, {}),
+        (after_as_events, {}),
+        (after_multivariate, {}),
+        (after_with_noise_scale, {"noise": 0.7}),
+        (after_under_mask, {}),
+        (after_twice, {}),
+        (after_and_in_the_step, {}),
+        (after_as_factor, {}),
+        (after_on_bounded_support, {}),
+        (after_one_step, {}),
+    ]
+}
 
 
 # ---- continuous time, observed at irregular times
