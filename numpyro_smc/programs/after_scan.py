@@ -31,9 +31,11 @@ class AfterScan:
         split: list[str],
         last: list[str],
         plates: frozenset[str] = frozenset(),
+        observed: dict[str, Array] | None = None,
     ) -> None:
         self.program, self.args, self.length, self.split, self.last = program, args, length, split, last
         self.plates = plates
+        self.observed = observed
 
     def log_density(self, t: Array, output: Any, carry: Any, given: Fixed, plates: BatchPlates) -> Array:
         """Log density of the t-th factor for one particle, of the shape of the enclosing plates.
@@ -44,7 +46,8 @@ class AfterScan:
         if self.split:
             sliced = jax.tree.map(lambda x: jnp.asarray(x)[t][None] if _is_series(x, self.length) else x, self.args)
             outputs = jax.tree.map(lambda x: jnp.asarray(x)[None], output)
-            after = _run_after(self.program, sliced, outputs, carry, self.length, given, t, set(plates.names))
+            names = set(plates.names)
+            after = _run_after(self.program, sliced, outputs, carry, self.length, given, t, names, self.observed)
             total = total + sum(log_density(after[name], plates) for name in self.split)
         if self.last:
             outputs = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.length, *jnp.shape(x))), output)
@@ -129,11 +132,16 @@ class _PassScan(Messenger):
 
 
 class _SliceTime(Messenger):
-    """After the scan, cut plates over time and observed values down to one step."""
+    """After the scan, cut plates over time and observed values down to one step.
 
-    def __init__(self, t: Array, length: int, keep: set[str], passed: _PassScan) -> None:
+    :param observed: values to take instead of the program's own, by site name.
+    """
+
+    def __init__(
+        self, t: Array, length: int, keep: set[str], passed: _PassScan, observed: dict[str, Array] | None
+    ) -> None:
         super().__init__(None)
-        self.t, self.length, self.keep, self.passed = t, length, keep, passed
+        self.t, self.length, self.keep, self.passed, self.observed = t, length, keep, passed, observed or {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if not self.passed.passed:
@@ -144,7 +152,8 @@ class _SliceTime(Messenger):
             sliced = [f for f in msg["cond_indep_stack"] if f.size == 1 and f.name not in self.keep]
             if msg["scale"] is not None and sliced:
                 msg["scale"] = msg["scale"] / self.length ** len(sliced)
-            value, shape = msg["value"], msg["fn"].shape()
+            value, shape = self.observed.get(msg["name"], msg["value"]), msg["fn"].shape()
+            msg["value"] = value
             if _is_series(value, self.length) and shape[:1] == (1,) and self.length != 1:
                 msg["value"] = jnp.asarray(value)[self.t][None]
 
@@ -169,10 +178,11 @@ def _run_after(
     given: Fixed,
     t: Array | None,
     keep: set[str],
+    observed: dict[str, Array] | None = None,
 ) -> Trace:
     passing = _PassScan(outputs, carry)
     draws = CloudDraws(random.key(0))
-    slicing = Messenger() if t is None else _SliceTime(t, length, keep, passing)
+    slicing = Messenger() if t is None else _SliceTime(t, length, keep, passing, observed)
     with handlers.block(), handlers.trace() as trace, draws, given, passing, slicing:
         program() if arguments is None else program(*arguments)
     return {name: site for name, site in trace.items() if site.get("after scan")}
@@ -192,14 +202,30 @@ def _output_shapes(half: Half) -> tuple[Any, Any]:
     return stacked, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), carry)
 
 
-class _WatchScan(Messenger):
+class _SimulateAfter(Messenger):
+    """Note what a program's scan returns, and draw the observed sites after it."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.outputs: Any = None
+        self.carry: Any = None
+        self.passed = False
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and self.passed and msg["is_observed"] and not msg.get("_control_flow_done", False):
+            msg["value"], msg["is_observed"] = None, False
+
     def postprocess_message(self, msg: dict[str, Any]) -> None:
         if is_scan(msg):
             (_, _, self.carry), (_, self.outputs) = msg["value"]
+            self.passed = True
 
 
 def _check_split(after: AfterScan, half: Half, user: str) -> None:
-    """Confirm on one simulated path that the factors over time add up to the whole likelihood."""
+    """Confirm on one simulated path that the factors over time add up to the whole likelihood, site by site.
+
+    Under ``jit``, parameters take their initial values and data are replaced by made-up data of the same shape.
+    """
     generator = np.random.default_rng(0)
 
     def stand_in(x: Any) -> Any:
@@ -214,35 +240,44 @@ def _check_split(after: AfterScan, half: Half, user: str) -> None:
     program = half.program
     assert isinstance(program, handlers.substitute) and isinstance(program.fn, partial)
     args, kwargs = jax.tree.map(stand_in, after.args)
-    params = jax.tree.map(stand_in, program.data)
-    inner = handlers.substitute(program.fn.func, data=params)
+    assert program.data is not None
+    known = {
+        name: value
+        for name, value in program.data.items()
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
+    }
+    inner = handlers.substitute(program.fn.func, data=known)
 
-    def both() -> tuple[Array, Array]:
-        watch = _WatchScan()
-        with handlers.block(), handlers.trace() as trace, handlers.seed(rng_seed=random.key(1)), watch:
+    def both() -> dict[str, tuple[Array, Array]]:
+        simulate = _SimulateAfter()
+        with handlers.block(), handlers.trace() as trace, handlers.seed(rng_seed=random.key(1)), simulate:
             inner(*args, **kwargs)
-        whole = sum((log_density(trace[name], BatchPlates()) for name in after.split), jnp.zeros(()))
-        fixed = {
-            n: s["value"]
-            for n, s in trace.items()
-            if n in half.prefix and s["type"] == "sample" and not s["is_observed"]
-        }
-        sliced = AfterScan(lambda a, k: inner(*a, **k), (args, kwargs), after.length, after.split, [])
-        given = Fixed(fixed, plate_indices({name: site for name, site in trace.items() if name in half.prefix}))
-        factors = jax.vmap(lambda t, output: sliced.log_density(t, output, watch.carry, given, BatchPlates()))(
-            jnp.arange(after.length), watch.outputs
-        )
-        return whole, jnp.sum(factors)
+        prefix = {name: site for name, site in trace.items() if name in half.prefix}
+        fixed = {name: s["value"] for name, s in prefix.items() if s["type"] == "sample" and not s["is_observed"]}
+        given = Fixed(fixed, plate_indices(prefix))
+        drawn = {name: trace[name]["value"] for name in after.split}
 
-    message = (
-        f"{user}: the likelihood after the scan (site '{after.split[0]}') does not split over time: its factors at the "
-        f"single steps do not add up to the whole. Move the statement into the step function; data and covariates must "
-        f"be arguments of the program with time as their leading axis."
-    )
+        def factor(name: str, t: Array, output: Any) -> Array:
+            one = AfterScan(lambda a, k: inner(*a, **k), (args, kwargs), after.length, [name], [], observed=drawn)
+            return one.log_density(t, output, simulate.carry, given, BatchPlates())
+
+        def factors(name: str) -> Array:
+            return jax.vmap(partial(factor, name))(jnp.arange(after.length), simulate.outputs)
+
+        return {name: (log_density(trace[name], BatchPlates()), jnp.sum(factors(name))) for name in after.split}
+
+    def message(name: str) -> str:
+        return (
+            f"{user}: the likelihood after the scan (site '{name}') does not split over time: its factors at the "
+            f"single steps do not add up to the whole. Move the statement into the step function; data and covariates must be "
+            f"arguments of the program with time as their leading axis."
+        )
+
     try:
         with jax.ensure_compile_time_eval():
-            whole, total = (float(x) for x in both())
+            sums = {name: (float(whole), float(total)) for name, (whole, total) in both().items()}
     except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(message) from error
-    if np.isfinite(whole) and not np.allclose(whole, total, rtol=1e-3, atol=1e-3):
-        raise ValueError(f"{message} On one simulated path: {total:.4f} against {whole:.4f}.")
+        raise ValueError(message(after.split[0])) from error
+    for name, (whole, total) in sums.items():
+        if not np.isfinite(whole) or not np.allclose(whole, total, rtol=1e-3, atol=1e-3):
+            raise ValueError(f"{message(name)} On one simulated path: {total:.4f} against {whole:.4f}.")
