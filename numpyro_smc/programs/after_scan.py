@@ -269,8 +269,8 @@ def _check_split(after: AfterScan, half: Half, user: str) -> None:
     def message(name: str) -> str:
         return (
             f"{user}: the likelihood after the scan (site '{name}') does not split over time: its factors at the "
-            f"single steps do not add up to the whole. Move the statement into the step function; data and covariates must be "
-            f"arguments of the program with time as their leading axis."
+            f"single steps do not add up to the whole. Move the statement into the step function; data and covariates "
+            f"must be arguments of the program with time as their leading axis."
         )
 
     try:

@@ -357,15 +357,17 @@ def test_enclosing_plate_that_is_not_outermost():
 
 def test_subsampled_plate_that_does_not_enclose_the_program():
     def inner(y):
+        sensors = numpyro.plate("sensors", 3, subsample_size=2)
+
         def step(x, y_t):
             x = numpyro.sample("x", dist.Normal(x, 1.0))
-            with numpyro.plate("sensors", 3, subsample_size=2) as rows:
+            with sensors as rows:
                 numpyro.sample("y", dist.Normal(x, 1.0), obs=y_t[rows])
             return x, None
 
         scan(step, 0.0, y)
 
-    with refuses(ValueError, "'sensors'", "subsampled", "do not subsample|inside it"):
+    with refuses(ValueError, "'sensors'", "subsampled", "does not enclose", "do not subsample"):
         run(inner, SERIES)
 
 
@@ -552,6 +554,11 @@ def test_initial_latent_marked_as_global():
 
     with refuses(ValueError, "'x_0'", "global latent", "params="):
         run(marked, Y)
+
+
+def test_parameters_that_no_site_has():
+    with refuses(ValueError, "'X_0'", "x_0"):
+        run(model, Y, params={"X_0": 0.3})
 
 
 # ---- data

@@ -793,6 +793,14 @@ PROGRAMS["hierarchy over series"] = UserProgram(
 )
 
 
+PROGRAMS["hierarchy reparameterised around the program"] = UserProgram(
+    handlers.reparam(hierarchical, config={"offset": LocScaleReparam(0)}),
+    exact_hierarchical,
+    (SERIES_DATA,),
+    params={"mu": 0.2, "tau": 0.7, "offset_decentered": (OFFSETS - 0.2) / 0.7},
+)
+
+
 def subsampled(y, batch_size):
     """A plate of series of which each evaluation sees a few; the plate object is made once and entered twice."""
     noise = numpyro.param("noise", 0.5, constraint=constraints.positive)
