@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax, random
 from numpyro.infer.elbo import ELBO
 
@@ -87,7 +88,7 @@ class FIVO(ELBO):
         remat: bool = False,
     ) -> None:
         check_num_particles(num_particles, type(self).__name__)
-        super().__init__(num_particles=num_particles)
+        super().__init__(num_particles=int(num_particles))
         self.resampling = build(resampler, resample, ess_threshold, resampling_gradient)
         self.resampling_gradient = resampling_gradient
         self.remat = remat
@@ -142,5 +143,5 @@ class FIVO(ELBO):
 
 def check_num_particles(num_particles: int, user: str) -> None:
     """:raises ValueError: unless ``num_particles`` is a positive integer."""
-    if not isinstance(num_particles, int) or isinstance(num_particles, bool) or num_particles < 1:
+    if not isinstance(num_particles, int | np.integer) or isinstance(num_particles, bool) or num_particles < 1:
         raise ValueError(f"{user}: num_particles must be a positive integer, got {num_particles!r}.")

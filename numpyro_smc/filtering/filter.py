@@ -91,7 +91,7 @@ class ParticleFilter:
     ) -> None:
         check_num_particles(num_particles, "ParticleFilter")
         self.model = model
-        self.num_particles = num_particles
+        self.num_particles = int(num_particles)
         self.guide = guide
         self.resampling = build(resampler, resample, ess_threshold)
         self.history = history

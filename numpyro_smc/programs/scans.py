@@ -13,8 +13,16 @@ from numpyro.primitives import _PYRO_STACK, Messenger
 
 Trace = dict[str, dict[str, Any]]
 
-_PASSIVE_HANDLERS = (handlers.trace, handlers.seed, handlers.infer_config, handlers.block, handlers.lift)
-_STACKED_HANDLERS = (handlers.condition, handlers.substitute, handlers.replay)
+_HARMLESS_HANDLERS = (
+    handlers.trace,
+    handlers.seed,
+    handlers.infer_config,
+    handlers.block,
+    handlers.lift,
+    handlers.condition,
+    handlers.substitute,
+    handlers.replay,
+)
 
 
 class Scan(NamedTuple):
@@ -128,7 +136,35 @@ def _wrapped(handler: Messenger, length: int, body: Callable, t: Array) -> Calla
     """The step function under a handler that encloses the scan."""
     if isinstance(handler, handlers.uncondition):
         return handlers.uncondition(body)
+    if isinstance(handler, handlers.reparam | handlers.do):
+        return _OnlyOutside(body, handler)
     return _Enclosing(body, handler, t, length)
+
+
+def _enclosing_message(name: str) -> str:
+    return (
+        f"handlers.{name} encloses the scan. Apply it inside the step function: scan({name}(step, ...), init, xs); "
+        f"around the whole program it may name sites before the scan only."
+    )
+
+
+class _OnlyOutside(Messenger):
+    """Refuse sites of a step that a handler around the scan would rewrite."""
+
+    def __init__(self, fn: Callable, handler: Messenger) -> None:
+        super().__init__(fn)
+        self.handler = handler
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample":
+            return
+        if isinstance(self.handler, handlers.do):
+            touched = msg["name"] in (self.handler.data or {})
+        else:
+            config = self.handler.config
+            touched = (config.get(msg["name"]) if isinstance(config, dict) else config(msg)) is not None
+        if touched:
+            raise NotImplementedError(f"Site '{msg['name']}': {_enclosing_message(type(self.handler).__name__)}")
 
 
 class _Enclosing(Messenger):
@@ -167,15 +203,10 @@ def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger]) -> Scan:
             )
     wrappers = []
     for handler in reversed(enclosing):
-        if isinstance(handler, handlers.mask | handlers.scale | handlers.uncondition):
+        if isinstance(handler, handlers.mask | handlers.scale | handlers.uncondition | handlers.reparam | handlers.do):
             wrappers.append(partial(_wrapped, handler, length))
-        elif not isinstance(handler, _PASSIVE_HANDLERS + _STACKED_HANDLERS):
-            name = type(handler).__name__
-            if type(handler).__module__.startswith("numpyro."):
-                raise NotImplementedError(
-                    f"handlers.{name} encloses the scan. Apply it inside the step function: "
-                    f"scan({name}(step, ...), init, xs)."
-                )
+        elif type(handler).__module__.startswith("numpyro.") and not isinstance(handler, _HARMLESS_HANDLERS):
+            raise NotImplementedError(_enclosing_message(type(handler).__name__))
     return Scan(body, init, xs, int(length), tuple(msg["kwargs"]["substitute_stack"]), tuple(wrappers))
 
 
