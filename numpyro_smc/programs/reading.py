@@ -134,15 +134,7 @@ def _read_plates(sequence: Sequence) -> None:
     of_globals = [s for s in prefix_sites if is_observed(s) and not uses[s["name"]] & particle_latents]
     prefix_sites = [site for site in prefix_sites if not any(site is other for other in of_globals)]
     scales: dict[str, float] = {}
-    prefix_plates = plate_indices(sequence.model.prefix) | plate_indices(sequence.guide_prefix)
     for half in halves:
-        for name, scale in plate_scales(half.step_sites).items():
-            if scale != 1.0 and name not in prefix_plates:
-                raise ValueError(
-                    f"{sequence.user}: plate '{name}' is subsampled inside the scan's step only, so each step would "
-                    f"see other elements of it. Make the plate before the scan, plate = numpyro.plate('{name}', ...), "
-                    f"and enter it in the step."
-                )
         scales |= plate_scales(half.prefix) | plate_scales(half.step_sites)
     global_plates = {
         frame.name
@@ -153,6 +145,14 @@ def _read_plates(sequence: Sequence) -> None:
     scales = {name: scale for name, scale in scales.items() if name in used or name not in global_plates}
     within = None if sequence.after is None else sequence.after.plates
     sequence.plates = enclosing_plates(sites + prefix_sites, scales, within)
+    prefix_plates = plate_indices(sequence.model.prefix) | plate_indices(sequence.guide_prefix)
+    for name in sequence.plates.names:
+        if scales.get(name, 1.0) != 1.0 and name not in prefix_plates:
+            raise ValueError(
+                f"{sequence.user}: plate '{name}' is subsampled inside the scan's step only, so each step would see "
+                f"other elements of it. Make the plate before the scan, plate = numpyro.plate('{name}', ...), and "
+                f"enter it in the step."
+            )
     # Data about global latents alone weigh every particle alike; they belong to no problem in particular.
     if sequence.plates.names:
         sequence.global_observed = frozenset(site["name"] for site in of_globals)

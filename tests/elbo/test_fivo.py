@@ -297,8 +297,10 @@ def test_a_plate_of_series_is_a_sum_of_independent_bounds_and_subsampling_scales
     np.testing.assert_allclose(value, gdd.log_evidence(y, 0.4).sum(), rtol=1e-5)
 
     def model(y):
+        series = numpyro.plate("series", 6, subsample_size=3)
+
         def step(x, t):
-            with numpyro.plate("series", 6, subsample_size=3):
+            with series:
                 x = numpyro.sample("x", dist.Normal(x, 1.0))
                 numpyro.sample("y", dist.Normal(x, 1.0), obs=y)
             return x, None

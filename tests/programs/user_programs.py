@@ -676,7 +676,7 @@ def vrnn_params() -> dict[str, Any]:
 
 
 @lru_cache
-def exact_vrnn(num_draws: int = 20_000, num_runs: int = 30) -> Exact:
+def exact_vrnn(num_draws: int = 10_000, num_runs: int = 20) -> Exact:
     """Importance sampling from the prior, in numpy; the error is that of the mean over independent runs."""
     params = jax.tree.map(lambda x: np.asarray(x, float), vrnn_params())
     cell, prior, emit = (params[f"{name}$params"] for name in ("transition_rnn", "prior_net", "emission_net"))
@@ -1275,7 +1275,7 @@ def exact_positive_states():
 
 
 def exact_heavy_tails():
-    grid = np.linspace(-40, 40, 2401)
+    grid = np.linspace(-25, 25, 1251)
     log_evidence, means = on_grid(
         grid,
         stats.t(3, 0.2, 0.7).logpdf(grid),
@@ -1318,7 +1318,7 @@ def truncated_states(y):
 
 
 def exact_mixed_transitions():
-    grid = np.linspace(-7, 7, 1400)
+    grid = np.linspace(-7, 7, 701)
 
     def log_transition(t, new, old):
         if t == 0:  # from zero
