@@ -178,6 +178,9 @@ class FilterResult:
     def forecast(self, rng_key: Array, steps: int, num_samples: int = 1000, *, xs: Any = None) -> dict[str, Array]:
         """Draws of latents and observations beyond the end of the series.
 
+        Arrays that the body closes over and indexes by time must reach beyond the data: JAX repeats their last entry.
+        Sites after the scan are not forecast.
+
         :param steps: number of further steps.
         :param xs: the body's inputs for those steps (``[steps, ...]``), where the model needs them: covariates. Integer
             time counters are continued, and inputs that are only observed are not needed.

@@ -556,11 +556,6 @@ def test_initial_latent_marked_as_global():
         run(marked, Y)
 
 
-def test_parameters_that_no_site_has():
-    with refuses(ValueError, "'X_0'", "x_0"):
-        run(model, Y, params={"X_0": 0.3})
-
-
 # ---- data
 
 

@@ -568,7 +568,7 @@ PROGRAMS["semi-supervised HMM"] = UserProgram(
 # ---- switching linear dynamics, with Python numbers as the first state
 
 
-def switching(y, transition=None):
+def switching(y):
     slopes = numpyro.param("slopes", jnp.array([0.95, 0.3]))
     scales = numpyro.param("scales", jnp.array([0.3, 1.0]), constraint=constraints.positive)
     transition = jnp.array([[0.8, 0.2], [0.3, 0.7]])
@@ -763,6 +763,41 @@ def hierarchical_guide(y):
         return x, None
 
     scan(step, x_0, y)
+
+
+def with_autoguide(kind):
+    """The global latents by one of NumPyro's autoguides, the states by hand."""
+    automatic = kind(handlers.block(hierarchical, expose=["mu", "tau", "offset", "series"]))
+
+    def guide(y):
+        offset = automatic(y)["offset"]
+        x_0 = _initial_states(y.shape[1])
+
+        def step(x, y_t):
+            with numpyro.plate("series", y.shape[1]):
+                x = numpyro.sample("x", dist.Normal(0.5 * x + 0.4 * (y_t - offset), 0.5))
+            return x, None
+
+        scan(step, x_0, y)
+
+    return guide
+
+
+def hierarchical_path_guide(y):
+    """No scan: the paths are one site, built on the initial states and on the offsets."""
+    numpyro.sample("mu", dist.Normal(0.1, 0.4))
+    numpyro.sample("tau", dist.LogNormal(-0.7, 0.5))
+    num_steps, num_series = y.shape
+    with numpyro.plate("series", num_series):
+        offset = numpyro.sample("offset", dist.Normal(0.3 * y.mean(0), 0.4))
+    x_0 = _initial_states(num_series)
+    with numpyro.plate("time", num_steps, dim=-2), numpyro.plate("series", num_series, dim=-1):
+        numpyro.sample("x", dist.Normal(0.2 * x_0 + 0.5 * (y - offset), 0.7))
+
+
+def _initial_states(num_series):
+    with numpyro.plate("series", num_series):
+        return numpyro.sample("x_0", dist.Normal(0.1, 1.0))
 
 
 SERIES_DATA = 0.7 * simulate_walk(4, 8, 3)
@@ -1334,7 +1369,7 @@ def exact_mixed_transitions():
 
 def exact_truncated_states():
     # The grid's points are midpoints, so that both the start on x > 0 and the states on x > floor are covered.
-    width = 0.005
+    width = 0.01
     start = np.arange(0.5 * width, 7, width)
     grid = np.arange(0.1 + 0.5 * width, 7.1, width)
 
