@@ -46,6 +46,7 @@ def twist_loss(
             "SIXO: twist_training='dre' simulates the observations inside the scan's step, and the model has none "
             "there. Move the likelihood into the step."
         )
+    _check_data_unused(model, held, args, kwargs)
     start, path = simulate(positive_key, model, held, args, kwargs, num_series)
     other_start, other_path = simulate(negative_key, model, held, args, kwargs, num_series)
     observations = {name: path.pop(name) for name in names}
@@ -79,7 +80,6 @@ def simulate(
     """
     read_key, key = random.split(rng_key)
     params = lax.stop_gradient(params)
-    _check_data_unused(model, params, args, kwargs)
     sequence = read_sequence(
         read_key, handlers.uncondition(model), None, params, args, kwargs, user="SIXO", given_globals=False
     )

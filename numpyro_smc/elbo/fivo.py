@@ -123,7 +123,7 @@ class FIVO(ELBO):
         recursion = run(rng_key, sequence, self.num_particles, self.resampling, remat=self.remat)
         value = sequence.bound(recursion.log_evidence)
         if self.resampling_gradient.startswith("score"):
-            surrogate = sequence.bound_scale * sequence.plates.scale * jnp.sum(self._score_terms(recursion))
+            surrogate = sequence.over_problems(self._score_terms(recursion))
             surrogate = surrogate + sequence.log_global_score * lax.stop_gradient(value)
             value = value + (surrogate - lax.stop_gradient(surrogate))
         return value

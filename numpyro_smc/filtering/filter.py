@@ -98,6 +98,7 @@ class ParticleFilter:
         self.batch_size = batch_size
         in_chunks(None, num_particles, batch_size)
         self._compiled_run = Compiled(self._run)
+        self._compiled_queries: dict[str, Compiled] = {}
         self._compiled_init = Compiled(partial(streaming.start, self))
         self._compiled_update = Compiled(partial(streaming.take_in, self))
 

@@ -264,5 +264,4 @@ class FilterResult:
         return values, weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim)), axis
 
     def _compiled(self, name: str, fn: Any) -> Any:
-        cache = self.filter.__dict__.setdefault("_compiled_queries", {})
-        return cache.setdefault(name, Compiled(fn))
+        return self.filter._compiled_queries.setdefault(name, Compiled(fn))

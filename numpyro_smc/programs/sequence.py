@@ -144,7 +144,11 @@ class Sequence:
 
     def bound(self, log_evidence: Array) -> Array:
         """The objective: per-problem log evidences summed, with the scales that were kept out of the weights."""
-        return self.bound_scale * self.plates.scale * jnp.sum(log_evidence) + self.log_global_weight
+        return self.over_problems(log_evidence) + self.log_global_weight
+
+    def over_problems(self, values: Array) -> Array:
+        """Sum over the independent problems, with the scales that were kept out of the weights."""
+        return self.bound_scale * self.plates.scale * jnp.sum(values)
 
     # ---- the particles ----------------------------------------------------------------------------------------------
 
