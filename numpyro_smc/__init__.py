@@ -1,8 +1,17 @@
 """Sequential Monte Carlo and modern variational inference on ordinary NumPyro programs."""
 
+from numpyro_smc.elbo.dreg import DReG
 from numpyro_smc.elbo.fivo import FIVO
+from numpyro_smc.elbo.iwelbo import IWELBO
+from numpyro_smc.elbo.ovis import OVIS
+from numpyro_smc.elbo.reinforce import DecayingAverage, Reinforce
+from numpyro_smc.elbo.rws import RWS
 from numpyro_smc.elbo.sixo import SIXO
-from numpyro_smc.engines.alternation import alternating
+from numpyro_smc.elbo.sticking_the_landing import STL
+from numpyro_smc.elbo.tvo import TVO
+from numpyro_smc.elbo.vimco import VIMCO
+from numpyro_smc.engines.alternation import StepwiseOptim, alternating
+from numpyro_smc.engines.schedules import log_schedule
 from numpyro_smc.engines.training import FitResult, fit
 from numpyro_smc.filtering.evidence import log_evidence
 from numpyro_smc.filtering.filter import ParticleFilter
@@ -16,16 +25,27 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FIVO",
+    "IWELBO",
+    "OVIS",
+    "RWS",
     "SIXO",
+    "STL",
+    "TVO",
+    "VIMCO",
+    "DReG",
+    "DecayingAverage",
     "FilterResult",
     "FilterState",
     "FitResult",
     "ParticleFilter",
+    "Reinforce",
+    "StepwiseOptim",
     "alternating",
     "bootstrap",
     "fit",
     "gauss_hermite",
     "log_evidence",
+    "log_schedule",
     "resampling",
     "twist",
 ]

@@ -13,6 +13,7 @@ from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.scans import Fixed, run_prefix, run_step
 from numpyro_smc.programs.sequence import Program, Sequence
+from numpyro_smc.programs.simulated_arguments import with_simulated
 from numpyro_smc.programs.sites import is_observed, plate_indices
 
 Values = dict[str, Array]
@@ -56,7 +57,7 @@ def twist_loss(
 
     def logits(observed: Values, both: tuple[Values, Values]) -> Array:
         # What the guide computes of the observations alone is shared by the pair.
-        arguments = (_as_argument(observed, args), *args[1:])
+        arguments = with_simulated(observed, args, _like, "SIXO (twist_training='dre')")
         return jax.vmap(lambda pair: twists_along(sequence, guide, params, arguments, kwargs, *pair))(both)
 
     positive, negative = jnp.moveaxis(jax.vmap(logits)(observations, both), 1, 0)
@@ -114,26 +115,6 @@ def twists_along(
 
     inputs = (jnp.arange(sequence.length), scan.inputs(), path)
     return lax.scan(step, half.carry_leaves(scan.init), inputs)[1]
-
-
-def _as_argument(values: Values, args: tuple[Any, ...]) -> Any:
-    """Simulated observations ``[T, ...]`` by site, in the form of the program's first argument."""
-    original = args[0] if args else None
-    if isinstance(original, dict):
-        missing = set(original) - set(values)
-        if missing:
-            raise ValueError(
-                f"SIXO: the first argument has entries {sorted(missing)} that are not observed sites of the step."
-            )
-        return {name: _like(values[name], original[name], name) for name in original}
-    if len(values) != 1 or not hasattr(original, "shape"):
-        raise ValueError(
-            f"SIXO: twist_training='dre' runs the guide on simulated observations, so the first argument of model and "
-            f"guide must be the observations: an array, or a dict of arrays by site name (observed sites: "
-            f"{sorted(values)}; got {type(original).__name__})."
-        )
-    ((name, value),) = values.items()
-    return _like(value, original, name)
 
 
 def _like(value: Array, original: Any, name: str) -> Array:

@@ -1,5 +1,6 @@
 """Log densities of traced sites, summed per element of the plates that enclose the whole program."""
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -43,28 +44,44 @@ def enclosing_plates(
     :raises ValueError: if a common plate is not the leftmost dimension of some site, or a plate is subsampled that does
         not enclose every site.
     """
-    frames = [{frame.name: frame for frame in site["cond_indep_stack"]} for site in sites]
-    common = set.intersection(*(set(f) for f in frames)) if frames else set()
-    common = common if within is None else common & within
+    plates = common_plates(sites, plate_scales, within)
     for name, scale in plate_scales.items():
-        if scale != 1.0 and name not in common:
+        if scale != 1.0 and name not in plates.names:
             raise ValueError(
                 f"Plate '{name}' is subsampled but does not enclose every site of the sequence (initial sites and "
                 f"steps), so the particle weights would be biased. Put every site inside it, or do not subsample it."
             )
-    ordered = sorted((frames[0][name] for name in common), key=lambda frame: frame.dim)
-    dims = tuple(frame.dim for frame in ordered)
-    for site in sites if dims else []:
+    for site in sites if plates.dims else []:
         rank = max((-frame.dim for frame in site["cond_indep_stack"]), default=0)
         rank = max(rank, len(site["fn"].batch_shape))
-        if dims != tuple(range(-rank, -rank + len(dims))):
+        if plates.dims != tuple(range(-rank, -rank + len(plates.dims))):
             raise ValueError(
-                f"Plates {[f.name for f in ordered]} enclose the whole program but are not the leftmost batch "
+                f"Plates {list(plates.names)} enclose the whole program but are not the leftmost batch "
                 f"dimensions of site '{site['name']}' (batch shape {site['fn'].batch_shape}). Give the enclosing plate "
                 f"the outermost dimension, e.g. dim=-2 when another plate is at dim=-1."
             )
+    return plates
+
+
+def common_plates(
+    sites: list[Site], plate_scales: dict[str, float], within: Collection[str] | None = None
+) -> BatchPlates:
+    """The plates common to all ``sites``.
+
+    :param plate_scales: full size over subsampled size, by plate name.
+    :param within: keep only plates of these names; ``None`` for all.
+    """
+    frames = [{frame.name: frame for frame in site["cond_indep_stack"]} for site in sites]
+    common = set.intersection(*(set(f) for f in frames)) if frames else set()
+    common = common if within is None else common & set(within)
+    ordered = sorted((frames[0][name] for name in common), key=lambda frame: frame.dim)
     scale = float(np.prod([plate_scales.get(frame.name, 1.0) for frame in ordered])) if ordered else 1.0
-    return BatchPlates(tuple(f.name for f in ordered), dims, tuple(f.size for f in ordered), scale)
+    return BatchPlates(
+        tuple(frame.name for frame in ordered),
+        tuple(frame.dim for frame in ordered),
+        tuple(frame.size for frame in ordered),
+        scale,
+    )
 
 
 def plate_scales(trace: dict[str, Site]) -> dict[str, float]:
@@ -100,19 +117,32 @@ def log_density(site: Site, plates: BatchPlates, bound_scale: float = 1.0) -> Ar
 
     :param bound_scale: a scale common to every site, left to the bound.
     """
-    if site["intermediates"]:
-        log_prob = site["fn"].log_prob(site["value"], site["intermediates"])
-    else:
-        log_prob = site["fn"].log_prob(site["value"])
+    log_prob = _log_prob(site)
     scale = remaining_scale(site, plates)
     if bound_scale != 1.0:
         scale = scale / bound_scale
-    if not (isinstance(scale, int | float) and scale == 1.0):
+    if not is_one(scale):
         log_prob = scale * log_prob
     if "given_until" in site:
         now, end, _ = site["given_until"]
         log_prob = jnp.where(now < end, log_prob, 0.0)
     return sum_per_problem(jnp.asarray(log_prob), plates)
+
+
+def unscaled_log_density(site: Site, plates: BatchPlates) -> Array:
+    """Log density of one traced site, masked but not scaled, of the shape of the enclosing plates."""
+    return sum_per_problem(jnp.asarray(_log_prob(site)), plates)
+
+
+def _log_prob(site: Site) -> Array:
+    if site["intermediates"]:
+        return site["fn"].log_prob(site["value"], site["intermediates"])
+    return site["fn"].log_prob(site["value"])
+
+
+def is_one(scale: Any) -> bool:
+    """Whether a scale is known to be one while tracing."""
+    return isinstance(scale, int | float) and scale == 1.0
 
 
 def site_mask(site: Site) -> Array:

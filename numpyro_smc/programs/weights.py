@@ -1,5 +1,7 @@
 """Log-weight arithmetic along the leading (particle) axis, safe at ``-inf`` in values and in gradients."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -47,3 +49,47 @@ def effective_sample_size(log_weights: Array) -> Array:
     :return: shape ``[...]``, between 1 and N; 0 where every particle is dead.
     """
     return normalise(log_weights)[2]
+
+
+class LeaveOneOut(NamedTuple):
+    r"""Each log weight against the others, both relative to the largest (no cancellation at any offset).
+
+    - **own** - :math:`\ell_k - \max_l \ell_l`, ``[K, ...]``.
+    - **others** - :math:`\log\sum_{l \ne k} e^{\ell_l} - \max_l \ell_l`; ``-inf`` where all others are dead.
+    - **peak** - :math:`\max_l \ell_l` (zero if all are dead), ``[...]``.
+    - **log_odds** - :math:`\delta_k`, own minus others: ``-inf`` for a dead particle, ``inf`` for a sole survivor.
+    """
+
+    own: Array
+    others: Array
+    peak: Array
+
+    @property
+    def log_odds(self) -> Array:
+        return self.odds_of(self.own)
+
+    def odds_of(self, log_weights: Array) -> Array:
+        """Log odds of other weights (relative to the largest) in each particle's place."""
+        return jnp.where(jnp.isneginf(log_weights), -jnp.inf, log_weights - self.others)
+
+
+def leave_one_out(log_weights: Array) -> LeaveOneOut:
+    r"""Log odds of each particle against all others, :math:`\delta_k = \ell_k - \log\sum_{l \ne k} e^{\ell_l}`, in O(K).
+
+    The largest weight is left out by summing the others; left out of a sum that contains the largest, any other weight
+    is at most half of it, so that neither case loses digits.
+
+    :param log_weights: shape ``[K, ...]``; ``-inf`` marks a dead particle.
+    """
+    is_peak = jnp.arange(log_weights.shape[0]).reshape((-1,) + (1,) * (log_weights.ndim - 1)) == jnp.argmax(
+        log_weights, axis=0
+    )
+    peak = jnp.max(log_weights, axis=0)
+    all_dead = jnp.isneginf(peak)
+    peak = jnp.where(all_dead, 0.0, peak)
+    own = log_weights - peak
+    scaled = jnp.exp(own)
+    others_of_peak = jax.nn.logsumexp(jnp.where(is_peak, -jnp.inf, own), axis=0)
+    remainder = jnp.sum(scaled, axis=0) - scaled
+    others = jnp.where(is_peak, others_of_peak, jnp.log(jnp.where(is_peak | (remainder <= 0.0), 1.0, remainder)))
+    return LeaveOneOut(own, jnp.where(all_dead, -jnp.inf, others), peak)

@@ -1,0 +1,316 @@
+r"""Log densities of a model and a guide, per element of the plates that enclose both programs.
+
+For every particle the guide is run once, its latents are handed to the model, and the log densities of all sites are
+summed over everything but the enclosing plates: :math:`\log p(x \mid z)`, :math:`\log p(z_l)` and
+:math:`\log q(z_l)` by latent site :math:`l`, from which all importance weights and score-function gradients are made.
+"""
+
+import zlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax, random
+from numpyro import handlers
+from numpyro.distributions import Delta, Distribution
+from numpyro.primitives import Messenger
+
+from numpyro_smc.programs.draws import CloudDraws
+from numpyro_smc.programs.plate_choice import choose_plates
+from numpyro_smc.programs.sites import (
+    BatchPlates,
+    Site,
+    is_latent,
+    is_one,
+    log_density,
+    plate_scales,
+    remaining_scale,
+    unscaled_log_density,
+)
+
+Program = Callable[..., Any]
+Params = dict[str, Any]
+Trace = dict[str, Site]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Densities:
+    r"""Log densities of one particle, each of the shape of the enclosing plates; of a cloud, with leading axes.
+
+    ``handlers.scale`` is inside all but ``score``; the scale of the enclosing plates is left to the bound.
+
+    - **log_likelihood** - sum over the model's observed sites, factors included.
+    - **log_prior** - by latent site of the model.
+    - **log_q** - by site of the guide.
+    - **score** - unscaled :math:`\log q`, by latent site whose gradient is by its score function.
+    - **statements** - values that the guide states for particular losses, by name; **mutable** - the new values of
+      ``numpyro.mutable`` sites.
+    - **plates** - the enclosing plates; **unscaled** - sites of ``score`` whose ``log_q`` is the same;
+      **shared_params** - parameters of both programs.
+    """
+
+    log_likelihood: Array
+    log_prior: dict[str, Array]
+    log_q: dict[str, Array]
+    score: dict[str, Array]
+    statements: dict[str, Array]
+    mutable: dict[str, Any]
+    plates: BatchPlates = field(metadata={"static": True})
+    unscaled: frozenset[str] = field(default=frozenset(), metadata={"static": True})
+    shared_params: frozenset[str] = field(default=frozenset(), metadata={"static": True})
+
+    def log_weights(self, kl_weight: Any = 1.0, free_bits: float = 0.0) -> Array:
+        r"""Importance log weights :math:`\log p(x \mid z) - \beta \sum_l \max(\log q(z_l) - \log p(z_l), \lambda)`."""
+        if free_bits > 0.0:
+            terms = [jnp.minimum(self.log_prior[name] - self.log_q[name], -free_bits) for name in self.log_prior]
+        else:
+            terms = [*self.log_prior.values(), *(-value for value in self.log_q.values())]
+        latent = sum(terms, start=jnp.zeros_like(self.log_likelihood))
+        return self.log_likelihood + (latent if is_one(kl_weight) else kl_weight * latent)
+
+    def with_fixed_guide(self, names: Collection[str]) -> "Densities":
+        """The same densities, with no gradient through ``log_q`` of these sites."""
+        return replace(
+            self,
+            log_q={name: lax.stop_gradient(value) if name in names else value for name, value in self.log_q.items()},
+        )
+
+
+class Draw(NamedTuple):
+    """One run of the guide: its trace and the keys that ``numpyro.prng_key`` handed out."""
+
+    trace: Trace
+    keys: tuple[Array, ...] = ()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A model and a guide with their arguments.
+
+    :param plates: ``"auto"`` (the plates that enclose every sample site of both), names of plates, or ``None``.
+    :param user: who asks, for error messages.
+    :param plate_key: key of subsampling; every run, particle and program gets the same rows.
+    :param num_particles: number of weights that will be averaged.
+    """
+
+    model: Program
+    guide: Program
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    plate_key: Array
+    plates: str | Collection[str] | None = "auto"
+    user: str = "density"
+    num_particles: int = 1
+
+    def draw(
+        self, rng_key: Array, index: Array, params: Params, is_score: Callable[[Site], bool] | None = None
+    ) -> Draw:
+        """Run the guide for the particle ``index``; values of sites with ``is_score`` get no gradient."""
+        draws = _Draws(rng_key, index, self.plate_key)
+        with handlers.block(), _StopGradient(is_score), handlers.trace() as trace, draws:
+            self._run(self.guide, params)
+        return Draw(trace, tuple(draws.handed_out))
+
+    def redraw(self, rng_key: Array, index: Array, params: Params, draw: Draw) -> Draw:
+        """Run the guide again with other parameters at the values of ``draw``; only point masses move."""
+        values = {
+            name: site
+            for name, site in draw.trace.items()
+            if site["type"] == "plate" or (is_latent(site) and not is_point(site["fn"]))
+        }
+        draws = _Draws(rng_key, index, self.plate_key, draw.keys)
+        with handlers.block(), handlers.trace() as trace, draws:
+            try:
+                self._run(handlers.replay(self.guide, trace=values), params)
+            except NotImplementedError as error:
+                raise NotImplementedError(self._no_inverse(draw)) from error
+        return Draw(trace, draw.keys)
+
+    def run_model(self, rng_key: Array, index: Array, params: Params, draw: Draw) -> Trace:
+        """Run the model at the latents of ``draw``."""
+        draws = _Draws(rng_key, index, self.plate_key)
+        latents = {name: site for name, site in draw.trace.items() if site["type"] == "plate" or is_latent(site)}
+        with handlers.block(), handlers.trace() as trace, draws:
+            self._run(handlers.replay(self.model, trace=latents), params)
+        self._check_match(trace, draw.trace)
+        return trace
+
+    def densities(self, guide: Draw, model: Trace, is_score: Callable[[Site], bool] | None = None) -> Densities:
+        """Log densities of a run of the guide and of the model at its latents.
+
+        :param is_score: which latent sites of the guide get their gradient by the score function; ``None`` for none.
+        """
+        of_guide = [site for site in guide.trace.values() if site["type"] == "sample"]
+        of_model = [site for site in model.values() if site["type"] == "sample"]
+        scales = plate_scales(guide.trace) | plate_scales(model)
+        plates = choose_plates(of_model, of_guide, scales, self.plates, self.num_particles, self.user)
+        log_q, score, unscaled = {}, {}, set()
+        for site in of_guide:
+            name = site["name"]
+            try:
+                log_q[name] = log_density(site, plates)
+            except NotImplementedError as error:
+                raise NotImplementedError(self._no_inverse(guide)) from error
+            if is_score is not None and is_latent(site) and is_score(site):
+                is_plain = is_one(remaining_scale(site, plates))
+                score[name] = log_q[name] if is_plain else unscaled_log_density(site, plates)
+                unscaled |= {name} if is_plain else set()
+        log_likelihood = jnp.zeros(plates.shape)
+        log_prior = {}
+        for site in of_model:
+            if is_latent(site):
+                log_prior[site["name"]] = log_density(site, plates)
+            else:
+                log_likelihood = log_likelihood + log_density(site, plates)
+        statements = {
+            name: jnp.broadcast_to(site["value"], plates.shape)
+            for name, site in guide.trace.items()
+            if site["type"] == "baseline"
+        }
+        mutable = {n: s["value"] for n, s in (guide.trace | model).items() if s["type"] == "mutable"}
+        names = [{n for n, s in trace.items() if s["type"] == "param"} for trace in (guide.trace, model)]
+        return Densities(
+            log_likelihood,
+            log_prior,
+            log_q,
+            score,
+            statements,
+            mutable,
+            plates,
+            frozenset(unscaled),
+            frozenset(names[0] & names[1]),
+        )
+
+    def _run(self, program: Program, params: Params) -> None:
+        # A copy, because networks with state write their new state into the dict that they are given.
+        data = jax.tree.map(lambda x: x, params)
+        handlers.substitute(program, data=data)(*self.args, **self.kwargs)
+
+    def _check_match(self, model: Trace, guide: Trace) -> None:
+        proposed = {name: site for name, site in guide.items() if is_latent(site)}
+        for name, site in model.items():
+            if not is_latent(site):
+                continue
+            if name not in proposed:
+                enumerated = site["infer"].get("enumerate") == "parallel"
+                hint = (
+                    "Enumeration is not available here: sample it in the guide, or marginalise it in the model "
+                    "(dist.MixtureSameFamily)."
+                    if enumerated
+                    else "Sample it in the guide."
+                )
+                raise ValueError(f"{self.user}: the guide never samples site '{name}', which the model samples. {hint}")
+            given, expected = (s["kwargs"].get("sample_shape", ()) + s["fn"].shape() for s in (proposed[name], site))
+            if given != expected:
+                raise ValueError(
+                    f"{self.user}: site '{name}' has shape {expected} in the model but {given} in the guide. Make the "
+                    f"two shapes equal (see to_event, expand and the enclosing plates)."
+                )
+        for name, site in proposed.items():
+            if name not in model and not site["infer"].get("is_auxiliary"):
+                raise ValueError(
+                    f"{self.user}: the guide samples site '{name}', which the model does not have, so the weights "
+                    f"would not be importance weights. Remove it, correct the name, or mark it with "
+                    f"infer={{'is_auxiliary': True}} if the model's densities account for it."
+                )
+
+    def _no_inverse(self, draw: Draw) -> str:
+        transformed = [name for name, site in draw.trace.items() if is_latent(site) and site["intermediates"]]
+        return (
+            f"{self.user} evaluates the guide's density at given values, and a transform of site "
+            f"{' or '.join(map(repr, transformed)) or '(unknown)'} has no inverse. Use IWELBO, which does not need it, "
+            f"or an invertible transform."
+        )
+
+
+def is_point(fn: Distribution) -> bool:
+    """Whether a distribution is a point mass, behind any wrappers."""
+    while hasattr(fn, "base_dist") and not isinstance(fn, Delta):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def over_particles(fn: Callable[[Array, Array], Any], rng_key: Array, num: int, batch_size: int | None) -> Any:
+    """``fn(rng_key, index)`` for every particle, stacked on a leading axis.
+
+    :param batch_size: particles at a time; each batch is recomputed in the backward pass, so that its memory does not
+        grow with ``num``.
+    """
+    if batch_size is None or batch_size >= num:
+        return jax.vmap(fn, (None, 0))(rng_key, jnp.arange(num))
+
+    @jax.checkpoint
+    def batch(number: Array) -> Any:
+        return jax.vmap(fn, (None, 0))(random.fold_in(rng_key, number), jnp.arange(batch_size))
+
+    stacked = lax.map(batch, jnp.arange(-(-num // batch_size)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num], stacked)
+
+
+def log_weights(
+    rng_key: Array,
+    model: Program,
+    guide: Program,
+    params: Params,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    num_particles: int,
+    batch_size: int | None = None,
+    plates: str | Collection[str] | None = "auto",
+    user: str = "log_weights",
+) -> tuple[Array, BatchPlates]:
+    """Importance log weights of draws from the guide, ``[num_particles, *plates]``, and the plates."""
+    plate_key, rng_key = random.split(rng_key)
+    pair = Pair(model, guide, args, kwargs, plate_key, plates, user, num_particles)
+
+    def particle(rng_key: Array, index: Array) -> Densities:
+        guide_key, model_key = random.split(rng_key)
+        draw = pair.draw(guide_key, index, params)
+        return pair.densities(draw, pair.run_model(model_key, index, params, draw))
+
+    cloud = over_particles(particle, rng_key, num_particles, batch_size)
+    return cloud.log_weights(), cloud.plates
+
+
+class _Draws(CloudDraws):
+    """Draws for one run of a program: sites, scans and keys per particle, plates shared by all.
+
+    :param keys: what ``numpyro.prng_key`` gives, in this order, before new ones.
+    """
+
+    index: Array
+
+    def __init__(self, rng_key: Array, index: Array, plate_key: Array, keys: tuple[Array, ...] = ()) -> None:
+        super().__init__(rng_key, index)
+        self.plate_key = plate_key
+        self.keys = list(keys)
+        self.handed_out: list[Array] = []
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate" and msg["value"] is None:
+            msg["kwargs"]["rng_key"] = random.fold_in(self.plate_key, zlib.crc32(msg["name"].encode()))
+        elif msg["type"] == "control_flow" and msg["kwargs"]["rng_key"] is None:
+            msg["kwargs"]["rng_key"] = random.fold_in(self._next_key(), self.index)
+        elif msg["type"] == "prng_key" and msg["value"] is None and self.keys:
+            msg["value"] = self.keys.pop(0)
+        else:
+            super().process_message(msg)
+        if msg["type"] == "prng_key":
+            self.handed_out.append(msg["value"])
+
+
+class _StopGradient(Messenger):
+    """Cut the gradient through the values of some latent sites."""
+
+    def __init__(self, is_cut: Callable[[Site], bool] | None) -> None:
+        super().__init__(None)
+        self.is_cut = is_cut
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if self.is_cut is not None and msg["type"] == "sample" and not msg["is_observed"] and self.is_cut(msg):
+            msg["value"] = lax.stop_gradient(msg["value"])
+            msg["intermediates"] = []

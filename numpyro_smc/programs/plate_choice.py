@@ -1,0 +1,95 @@
+"""Which plates make independent problems in a model and its guide, and what is lost where none does."""
+
+import warnings
+from collections.abc import Collection
+
+from numpyro.util import find_stack_level
+
+from numpyro_smc.programs.sites import BatchPlates, Site, common_plates, is_latent
+
+_LARGE = 10
+
+
+def choose_plates(
+    model: list[Site],
+    guide: list[Site],
+    scales: dict[str, float],
+    plates: str | Collection[str] | None,
+    num_particles: int,
+    user: str,
+) -> BatchPlates:
+    """The plates whose elements get importance weights of their own.
+
+    :param model: sample sites of the model; **guide** - of the guide.
+    :param scales: full size over subsampled size, by plate name.
+    :param plates: ``"auto"`` for all plates that enclose every site, names that must, or ``None`` for none.
+    :param num_particles: number of weights that are averaged; with one there is nothing to lose.
+    :raises ValueError: if a plate named does not enclose every site, or a subsampled plate has no weights of its own.
+    """
+    sites = model + guide
+    if plates == "auto":
+        chosen = common_plates(sites, scales)
+    else:
+        names = () if plates is None else tuple(plates)
+        for name in names:
+            _check_encloses(name, model, guide, user)
+        chosen = common_plates(sites, scales, names)
+    if num_particles == 1:
+        return chosen
+    for name, scale in scales.items():
+        if scale != 1.0 and name not in chosen.names:
+            outside = _outside(name, sites)
+            raise ValueError(
+                f"{user}: plate '{name}' is subsampled but does not enclose every sample site of model and guide "
+                f"({outside}), so its scaled log density would stand inside the average over particles and the bound "
+                f"would be wrong. Put every site inside the plate, use the full data, or num_particles=1."
+            )
+    if plates == "auto" and not chosen.names:
+        _warn_of_lost_plates(model, sites, user)
+    if plates is not None:
+        _warn_of_missing_plates(model, user)
+    return chosen
+
+
+def _check_encloses(name: str, model: list[Site], guide: list[Site], user: str) -> None:
+    for program, sites in (("model", model), ("guide", guide)):
+        for site in sites:
+            if name not in {frame.name for frame in site["cond_indep_stack"]}:
+                raise ValueError(
+                    f"{user}: plates names '{name}', but site '{site['name']}' of the {program} is outside that plate. "
+                    f"Put it inside, or leave the plate out of `plates`."
+                )
+
+
+def _outside(name: str, sites: list[Site]) -> str:
+    outside = [s["name"] for s in sites if name not in {frame.name for frame in s["cond_indep_stack"]}]
+    return f"outside it: {', '.join(map(repr, dict.fromkeys(outside)))}" if outside else "left out by `plates`"
+
+
+def _warn_of_lost_plates(model: list[Site], sites: list[Site], user: str) -> None:
+    frames = {frame.name: frame.size for site in model if is_latent(site) for frame in site["cond_indep_stack"]}
+    for name, size in frames.items():
+        if size > _LARGE:
+            warnings.warn(
+                f"{user}: plate '{name}' ({size} elements) does not enclose every sample site "
+                f"({_outside(name, sites)}), so each particle gets one weight for the whole model, and the bound is "
+                f"looser the larger the plate. Put every site of model and guide inside it for weights per element, or "
+                f"pass plates=None if one weight is meant.",
+                stacklevel=find_stack_level(),
+            )
+
+
+def _warn_of_missing_plates(model: list[Site], user: str) -> None:
+    for site in model:
+        dims = {frame.dim for frame in site["cond_indep_stack"]}
+        batch_shape = site["fn"].batch_shape
+        first = 1 if site.get("_control_flow_done", False) else 0
+        for axis in range(first, len(batch_shape)):
+            dim = axis - len(batch_shape)
+            if batch_shape[axis] > _LARGE and dim not in dims:
+                warnings.warn(
+                    f"{user}: batch dimension {dim} of site '{site['name']}' ({batch_shape[axis]} elements) belongs to "
+                    f"no plate, so its elements share one importance weight. Put independent data in a numpyro.plate "
+                    f"(for weights per element), or declare the dimension with to_event.",
+                    stacklevel=find_stack_level(),
+                )
