@@ -6,6 +6,9 @@ its scan. A module carries its own initial weights, so it is built once, with a 
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Sequence
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -61,3 +64,14 @@ def lookahead_features(cell: eqx.nn.LSTMCell, y: Array) -> Array:
     zeros = jnp.zeros(cell.hidden_size)
     _, hidden = jax.lax.scan(step, (zeros, zeros), y, reverse=True)
     return jnp.concatenate([hidden[1:], zeros[None]])
+
+
+def affine_layers(rng_key: Array, sizes: Sequence[int]) -> list[eqx.nn.Linear]:
+    r"""Affine maps between consecutive sizes, weights and biases uniform on :math:`\pm 1 / \sqrt{\text{fan-in}}`."""
+    keys = jax.random.split(rng_key, len(sizes) - 1)
+    return [eqx.nn.Linear(*pair, key=key) for pair, key in zip(itertools.pairwise(sizes), keys, strict=True)]
+
+
+def over_batch(network: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """The network of one vector, applied over all leading axes."""
+    return jnp.vectorize(network, signature="(i)->(o)")

@@ -1,4 +1,4 @@
-"""OVIS: the optimal variance importance sampling baselines for score-function gradients of importance-weighted bounds."""
+"""OVIS: score-function gradients of importance-weighted bounds, with asymptotically optimal control variates."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ from numpyro_smc.programs.weights import leave_one_out
 class OVIS(ScoreFunctionELBO):
     r"""Importance-weighted bound with control variates that are optimal as K grows [1].
 
-    With :math:`s_k = (1-\alpha)\ell_k` and :math:`\delta_k = s_k - \log\sum_{l \ne k} e^{s_l}` as in :class:`VIMCO`, and
-    :math:`c = \log(1 - 1/K)`, the guide's score :math:`\nabla\log q(z_k)` is weighted by
+    With :math:`s_k = (1-\alpha)\ell_k` and :math:`\delta_k = s_k - \log\sum_{l \ne k} e^{s_l}` as in
+    :class:`VIMCO`, and :math:`c = \log(1 - 1/K)`, the guide's score :math:`\nabla\log q(z_k)` is weighted by
 
     .. math:: \frac{\operatorname{softplus}(\delta_k) + c}{1 - \alpha} - (1 - \gamma)\,\big(\sigma(\delta_k) + c\big),
 

@@ -12,10 +12,10 @@ from numpyro_smc.elbo.multi_sample import Coefficients, ScoreFunctionELBO
 
 
 class TVO(ScoreFunctionELBO):
-    r"""Thermodynamic variational objective [1]: a Riemann sum of :math:`\log p(x)` along the path from guide to posterior.
+    r"""Thermodynamic variational objective [1]: a Riemann sum of the log evidence on the path from guide to posterior.
 
-    With :math:`\pi_\beta \propto p(x, z)^\beta q(z)^{1-\beta}`, :math:`\log p(x) = \int_0^1 \mathbb E_{\pi_\beta}[\log w]
-    d\beta`. For :math:`0 = \beta_0 < \dots < \beta_P = 1` with multipliers :math:`m_j`, and weights
+    With :math:`\pi_\beta \propto p(x, z)^\beta q(z)^{1-\beta}`,
+    :math:`\log p(x) = \int_0^1 \mathbb E_{\pi_\beta}[\log w]\, d\beta`. For :math:`0 = \beta_0 < \dots < \beta_P = 1` with multipliers :math:`m_j`, and weights
     :math:`\bar w^j_k \propto w_k^{\beta_j}` of the same K draws,
 
     .. math:: T = \sum_j m_j \mu_j, \quad \mu_j = \sum_k \bar w^j_k \ell_k, \qquad
@@ -33,8 +33,8 @@ class TVO(ScoreFunctionELBO):
     :param beta_min: :math:`\beta_1` of ``"log"`` spacing, or all of :math:`\beta_1, \dots, \beta_P = 1`. Published for
         logarithmic spacing: 0.05 (K < 10), 0.2 (K < 30), 0.3.
     :param spacing: ``"log"`` or ``"linear"``.
-    :param rule: ``"left"``, ``"right"`` or ``"trapz"``. Other arguments (but ``alpha`` and ``pathwise``, which it does not
-        have): see :class:`~.multi_sample.MultiSampleELBO`.
+    :param rule: ``"left"``, ``"right"`` or ``"trapz"``. Other arguments (but ``alpha`` and ``pathwise``, which it does
+        not have): see :class:`~.multi_sample.MultiSampleELBO`.
     :raises ValueError: if ``num_particles < 2``, or the partition is not one.
 
     **Example**
@@ -81,20 +81,24 @@ class TVO(ScoreFunctionELBO):
         num = log_weights.shape[0]
         correction = num / (num - 1)
         is_dead = jnp.isneginf(log_weights)
-        alive = jnp.where(is_dead, 0.0, log_weights)
-        model, guide, value = jnp.zeros_like(alive), jnp.zeros_like(alive), jnp.zeros(log_weights.shape[1:])
+        peak = jnp.max(log_weights, axis=0)
+        all_dead = jnp.isneginf(peak)
+        peak = jnp.where(all_dead, 0.0, peak)
+        # At beta = 0 a dead particle pulls the mean to -inf, in the value; its coefficients are the worst survivor's.
+        worst = jnp.min(jnp.where(is_dead, jnp.inf, log_weights), axis=0)
+        centred = jnp.where(is_dead, jnp.where(all_dead, 0.0, worst), log_weights) - peak
+        model, guide, value = jnp.zeros_like(centred), jnp.zeros_like(centred), peak
         for beta, multiplier in zip(self.betas, self.multipliers, strict=True):
             if multiplier == 0.0:
                 continue
-            # A dead particle still counts among the draws of the guide (beta = 0), with a mean of log w of -inf.
-            tempered = log_weights * beta if beta > 0.0 else jnp.zeros_like(log_weights)
-            weights = jnp.where(jnp.max(tempered, axis=0) == -jnp.inf, 0.0, jax.nn.softmax(tempered, axis=0))
-            mean = jnp.sum(weights * alive, axis=0)
-            deviation = jnp.where(is_dead, 0.0, correction * (alive - mean))
+            weights = jax.nn.softmax(beta * centred, axis=0, where=~is_dead | (beta == 0.0))
+            weights = jnp.where(all_dead, 0.0, weights)
+            mean = jnp.sum(weights * centred, axis=0)
+            deviation = correction * (centred - mean)
             model = model + multiplier * weights * jnp.where(is_dead, 0.0, 1.0 + beta * deviation)
             guide = guide + multiplier * weights * ((1.0 - beta) * deviation - 1.0)
-            lost = jnp.any(is_dead & (weights > 0.0), axis=0) | jnp.all(is_dead, axis=0)
-            value = value + multiplier * jnp.where(lost, -jnp.inf, mean)
+            is_lost = jnp.any(is_dead, axis=0) if beta == 0.0 else all_dead
+            value = value + multiplier * jnp.where(is_lost, -jnp.inf, mean)
         return Coefficients(model, guide, value)
 
 

@@ -14,13 +14,13 @@ from numpyro_smc.programs.weights import LeaveOneOut, leave_one_out
 class VIMCO(ScoreFunctionELBO):
     r"""Importance-weighted bound whose score-function gradient uses leave-one-out baselines [1].
 
-    With log weights :math:`\ell_k = \log p(x, z_k) - \log q(z_k)` of :math:`K` particles, :math:`s_k = (1-\alpha)\ell_k`
-    and :math:`\delta_k = s_k - \log\sum_{l \ne k} e^{s_l}`, the guide's score :math:`\nabla\log q(z_k)` is weighted by
+    With log weights :math:`\ell_k = \log p(x, z_k) - \log q(z_k)` of :math:`K` particles,
+    :math:`s_k = (1-\alpha)\ell_k` and :math:`\delta_k = s_k - \log\sum_{l \ne k} e^{s_l}`, the guide's score :math:`\nabla\log q(z_k)` is weighted by
 
     .. math:: \frac{\operatorname{softplus}(\delta_k) + \log(1 - 1/K)}{1 - \alpha} - \sigma(\delta_k),
 
-    and by :math:`[\operatorname{softplus}(\delta_k) - \operatorname{softplus}(\bar s_{-k} - \log\sum_{l \ne k} e^{s_l})]
-    / (1 - \alpha) - \sigma(\delta_k)` with the geometric mean :math:`\bar s_{-k}` of the others.
+    in which the geometric mean :math:`e^{\bar s_{-k}}` of the others replaces :math:`\log(1 - 1/K)` by
+    :math:`-\operatorname{softplus}(\bar s_{-k} - \log\sum_{l \ne k} e^{s_l})`.
 
     Value: unbiased for the bound :math:`L_K^\alpha`, per plate element, summed. Gradient: unbiased for model and guide,
     discrete latents included, unless ``clip_log_odds`` is set.
@@ -71,10 +71,8 @@ class VIMCO(ScoreFunctionELBO):
         weights, value = normalised_weights(log_weights, alpha)
         odds = leave_one_out((1.0 - alpha) * log_weights)
         signal = learning_signal(odds.own, odds, self.clip_log_odds)
-        if self.mean == "geometric":
-            baseline = geometric_baseline(odds)
-        else:
-            baseline = -jnp.log1p(-1.0 / log_weights.shape[0])
+        constant = jnp.log1p(-1.0 / log_weights.shape[0])
+        baseline = geometric_baseline(odds) if self.mean == "geometric" else -constant
         guide = signal.centred + (alpha * signal.ratio - baseline) / (1.0 - alpha)
         return Coefficients(weights, guide, value)
 
@@ -122,7 +120,7 @@ def softplus_minus_sigmoid(x: Array) -> Array:
 
 
 def geometric_baseline(odds: LeaveOneOut) -> Array:
-    r""":math:`\operatorname{softplus}(\bar s_{-k} - \log\sum_{l \ne k} e^{s_l})` with the mean of the other log weights."""
+    r""":math:`\operatorname{softplus}(\bar s_{-k} - \log\sum_{l \ne k} e^{s_l})`, the mean being of the others."""
     num = odds.own.shape[0]
     is_dead = jnp.isneginf(odds.own)
     alive = jnp.where(is_dead, 0.0, odds.own)
