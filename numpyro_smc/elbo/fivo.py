@@ -3,11 +3,11 @@
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax, random
 from numpyro.infer.elbo import ELBO
 
 from numpyro_smc.engines.particles import Recursion, run
+from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.resample import Decision, build
 from numpyro_smc.programs.resampling import Scheme
@@ -87,7 +87,7 @@ class FIVO(ELBO):
         resampling_gradient: str = "none",
         remat: bool = False,
     ) -> None:
-        check_num_particles(num_particles, type(self).__name__)
+        check_positive(type(self).__name__, num_particles=num_particles)
         super().__init__(num_particles=int(num_particles))
         self.resampling = build(resampler, resample, ess_threshold, resampling_gradient)
         self.resampling_gradient = resampling_gradient
@@ -139,9 +139,3 @@ class FIVO(ELBO):
         future = jnp.where(jnp.isfinite(future), future, 0.0)
         first = jnp.where(jnp.isfinite(total), total, 0.0) * recursion.initial.score
         return first + jnp.sum(recursion.steps.score * future, axis=0)
-
-
-def check_num_particles(num_particles: int, user: str) -> None:
-    """:raises ValueError: unless ``num_particles`` is a positive integer."""
-    if not isinstance(num_particles, int | np.integer) or isinstance(num_particles, bool) or num_particles < 1:
-        raise ValueError(f"{user}: num_particles must be a positive integer, got {num_particles!r}.")

@@ -1,5 +1,6 @@
 """What all multi-sample estimators share: particles, weights per plate element, and the surrogate of the gradient."""
 
+import warnings
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
 from numpyro.infer.elbo import ELBO
+from numpyro.util import find_stack_level
 
-from numpyro_smc.elbo.fivo import check_num_particles
 from numpyro_smc.engines.schedules import Schedule, value_now
+from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.density import Densities, Pair, Params, Program, is_point, over_particles
 from numpyro_smc.programs.sites import Site, is_one
 
@@ -57,6 +59,7 @@ class MultiSampleELBO(ELBO):
     can_infer_discrete = True
     _fewest_particles = 1
     _is_explicit = True
+    _has_one_objective = True
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class MultiSampleELBO(ELBO):
         batch_size: int | None = None,
     ) -> None:
         user = type(self).__name__
-        check_num_particles(num_particles, user)
+        check_positive(user, num_particles=num_particles, num_mc=num_mc)
         if num_particles < self._fewest_particles:
             raise ValueError(
                 f"{user}: num_particles must be at least {self._fewest_particles}, because each particle's baseline "
@@ -84,9 +87,8 @@ class MultiSampleELBO(ELBO):
             raise ValueError(f"{user}: free_bits must not be negative, got {free_bits}.")
         if isinstance(plates, str) and plates != "auto":
             raise ValueError(f"{user}: plates must be 'auto', None or a collection of names, got {plates!r}.")
-        for name, number in (("num_mc", num_mc), ("batch_size", batch_size)):
-            if number is not None and number < 1:
-                raise ValueError(f"{user}: {name} must be a positive integer, got {number}.")
+        if batch_size is not None:
+            check_positive(user, batch_size=batch_size)
         super().__init__(num_particles=int(num_particles))
         self.alpha, self.kl_weight, self.free_bits = alpha, kl_weight, float(free_bits)
         self.num_mc, self.plates, self.batch_size = num_mc, plates, batch_size
@@ -142,6 +144,12 @@ class MultiSampleELBO(ELBO):
         raise NotImplementedError
 
     def _check(self, cloud: Densities) -> None:
+        if cloud.shared_params and not self._has_one_objective:
+            warnings.warn(
+                f"{type(self).__name__}: model and guide share the parameters {sorted(cloud.shared_params)}, but do "
+                f"not ascend the same objective; these get the sum of both gradients. Give the guide its own.",
+                stacklevel=find_stack_level(),
+            )
         if self.free_bits and set(cloud.log_q) != set(cloud.log_prior):
             odd = sorted(set(cloud.log_q) ^ set(cloud.log_prior))
             raise ValueError(

@@ -101,6 +101,7 @@ class OVIS(ScoreFunctionELBO):
                 f"OVIS: exclusive=False takes the auxiliary draws from the particles, so num_auxiliary must be between "
                 f"1 and num_particles - 1, got {num_auxiliary} of {num_particles}."
             )
+        self._has_one_objective = gamma == 0.0
         self.gamma, self.num_auxiliary, self.exclusive = gamma, num_auxiliary, exclusive
         self.mean, self.renyi, self.clip_log_odds = mean, renyi, clip_log_odds
 

@@ -36,8 +36,9 @@ class Reinforce(ScoreFunctionELBO):
 
     :param num_particles: :math:`K \ge 1`.
     :param baseline: ``None``; a :class:`DecayingAverage`; or a function of the arguments of model and guide that
-        returns an array broadcastable to the enclosing plates and may have parameters (``numpyro.param``, networks), best named
-        so that an optimiser can tell them apart. With a baseline, pass the guide through :meth:`with_baseline`.
+        returns an array broadcastable to the enclosing plates and may have parameters (``numpyro.param``, networks),
+        best named so that an optimiser can tell them apart. With a baseline, pass the guide through
+        :meth:`with_baseline`.
     :param pathwise: which sites get pathwise gradients; see :class:`~.multi_sample.ScoreFunctionELBO`. Other arguments:
         see :class:`~.multi_sample.MultiSampleELBO`.
     :raises ValueError: if there is a baseline and the guide does not declare it.

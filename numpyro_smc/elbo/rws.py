@@ -9,9 +9,9 @@ from jax import Array, lax, random
 from numpyro import handlers
 from numpyro.distributions.distribution import Unit
 
-from numpyro_smc.elbo.fivo import check_num_particles
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, ScoreFunctionELBO
+from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.density import Densities, Pair, Params, over_particles
 from numpyro_smc.programs.simulated_arguments import fit_rows, with_simulated
 from numpyro_smc.programs.sites import is_latent
@@ -93,7 +93,7 @@ class RWS(ScoreFunctionELBO):
         for name, weight in (("wake_theta", wake_theta), ("wake_phi", wake_phi), ("sleep_phi", sleep_phi)):
             if not weight >= 0.0:
                 raise ValueError(f"RWS: {name} must not be negative, got {weight}.")
-        check_num_particles(num_sleep, "RWS (num_sleep)")
+        check_positive("RWS", num_sleep=num_sleep)
         self.wake_theta, self.wake_phi, self.sleep_phi = wake_theta, wake_phi, sleep_phi
         self.num_sleep, self.simulate, self.allow_shared = num_sleep, simulate, allow_shared
 

@@ -15,7 +15,8 @@ class TVO(ScoreFunctionELBO):
     r"""Thermodynamic variational objective [1]: a Riemann sum of the log evidence on the path from guide to posterior.
 
     With :math:`\pi_\beta \propto p(x, z)^\beta q(z)^{1-\beta}`,
-    :math:`\log p(x) = \int_0^1 \mathbb E_{\pi_\beta}[\log w]\, d\beta`. For :math:`0 = \beta_0 < \dots < \beta_P = 1` with multipliers :math:`m_j`, and weights
+    :math:`\log p(x) = \int_0^1 \mathbb E_{\pi_\beta}[\log w]\, d\beta`. For
+    :math:`0 = \beta_0 < \dots < \beta_P = 1` with multipliers :math:`m_j`, and weights
     :math:`\bar w^j_k \propto w_k^{\beta_j}` of the same K draws,
 
     .. math:: T = \sum_j m_j \mu_j, \quad \mu_j = \sum_k \bar w^j_k \ell_k, \qquad
@@ -59,6 +60,7 @@ class TVO(ScoreFunctionELBO):
     """
 
     _fewest_particles = 2
+    _has_one_objective = False
 
     def __init__(
         self,

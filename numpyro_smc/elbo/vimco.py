@@ -15,7 +15,8 @@ class VIMCO(ScoreFunctionELBO):
     r"""Importance-weighted bound whose score-function gradient uses leave-one-out baselines [1].
 
     With log weights :math:`\ell_k = \log p(x, z_k) - \log q(z_k)` of :math:`K` particles,
-    :math:`s_k = (1-\alpha)\ell_k` and :math:`\delta_k = s_k - \log\sum_{l \ne k} e^{s_l}`, the guide's score :math:`\nabla\log q(z_k)` is weighted by
+    :math:`s_k = (1-\alpha)\ell_k` and :math:`\delta_k = s_k - \log\sum_{l \ne k} e^{s_l}`, the guide's score
+    :math:`\nabla\log q(z_k)` is weighted by
 
     .. math:: \frac{\operatorname{softplus}(\delta_k) + \log(1 - 1/K)}{1 - \alpha} - \sigma(\delta_k),
 

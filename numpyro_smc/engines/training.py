@@ -21,6 +21,7 @@ from numpyro.infer.svi import SVIState
 from tqdm import tqdm
 
 from numpyro_smc.engines.checkpoint import Progress
+from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import is_array
 
 __all__ = ["FitResult", "fit"]
@@ -328,9 +329,7 @@ def _finite_mean(values: np.ndarray) -> float:
 
 
 def _check_positive(**numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and (not isinstance(number, int | np.integer) or number < 1):
-            raise ValueError(f"fit: {name} must be a positive integer, got {number!r}.")
+    check_positive("fit", **{name: number for name, number in numbers.items() if number is not None})
 
 
 def _period(name: str, value: Any, every: int | None, num_steps: int) -> int | None:

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, random
 
-from numpyro_smc.elbo.fivo import check_num_particles
 from numpyro_smc.engines.checkpoint import load_pytree, save_pytree
 from numpyro_smc.engines.chunks import in_chunks
 from numpyro_smc.engines.particles import Move, ParticleState, run
 from numpyro_smc.filtering import streaming
 from numpyro_smc.filtering.result import FilterResult, History
 from numpyro_smc.filtering.streaming import FilterState
+from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.resample import Decision, build
@@ -89,7 +89,7 @@ class ParticleFilter:
         history: bool = True,
         batch_size: int | None = None,
     ) -> None:
-        check_num_particles(num_particles, "ParticleFilter")
+        check_positive("ParticleFilter", num_particles=num_particles)
         self.model = model
         self.num_particles = int(num_particles)
         self.guide = guide

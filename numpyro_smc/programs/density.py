@@ -123,10 +123,7 @@ class Pair:
         }
         draws = _Draws(rng_key, index, self.plate_key, draw.keys)
         with handlers.block(), handlers.trace() as trace, draws:
-            try:
-                self._run(handlers.replay(self.guide, trace=values), params)
-            except NotImplementedError as error:
-                raise NotImplementedError(self._no_inverse(draw)) from error
+            self._run(handlers.replay(self.guide, trace=values), params)
         return Draw(trace, draw.keys)
 
     def run_model(self, rng_key: Array, index: Array, params: Params, draw: Draw) -> Trace:
@@ -153,7 +150,11 @@ class Pair:
             try:
                 log_q[name] = log_density(site, plates)
             except NotImplementedError as error:
-                raise NotImplementedError(self._no_inverse(guide)) from error
+                raise NotImplementedError(
+                    f"{self.user} needs the guide's log density at a given value of site '{name}', and its "
+                    f"distribution has none, most often for want of an inverse transform ({error}). Use IWELBO, or "
+                    f"pathwise=True, which need no inverse, or an invertible transform."
+                ) from error
             if is_score is not None and is_latent(site) and is_score(site):
                 is_plain = is_one(remaining_scale(site, plates))
                 score[name] = log_q[name] if is_plain else unscaled_log_density(site, plates)
@@ -216,14 +217,6 @@ class Pair:
                     f"would not be importance weights. Remove it, correct the name, or mark it with "
                     f"infer={{'is_auxiliary': True}} if the model's densities account for it."
                 )
-
-    def _no_inverse(self, draw: Draw) -> str:
-        transformed = [name for name, site in draw.trace.items() if is_latent(site) and site["intermediates"]]
-        return (
-            f"{self.user} evaluates the guide's density at given values, and a transform of site "
-            f"{' or '.join(map(repr, transformed)) or '(unknown)'} has no inverse. Use IWELBO, which does not need it, "
-            f"or an invertible transform."
-        )
 
 
 def is_point(fn: Distribution) -> bool:

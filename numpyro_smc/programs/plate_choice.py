@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from numpyro.util import find_stack_level
 
-from numpyro_smc.programs.sites import BatchPlates, Site, common_plates, is_latent
+from numpyro_smc.programs.sites import BatchPlates, Site, common_plates, is_latent, is_one
 
 _LARGE = 10
 
@@ -27,6 +27,7 @@ def choose_plates(
     :raises ValueError: if a plate named does not enclose every site, or a subsampled plate has no weights of its own.
     """
     sites = model + guide
+    _check_scans(sites, scales, user)
     if plates == "auto":
         chosen = common_plates(sites, scales)
     else:
@@ -49,6 +50,18 @@ def choose_plates(
     if plates is not None:
         _warn_of_missing_plates(model, user)
     return chosen
+
+
+def _check_scans(sites: list[Site], scales: dict[str, float], user: str) -> None:
+    """A plate statement inside a scan leaves no trace but its sites, whose scale may be that of a subsample."""
+    for site in sites:
+        for frame in site["cond_indep_stack"]:
+            if frame.name not in scales and not is_one(1.0 if site["scale"] is None else site["scale"]):
+                raise ValueError(
+                    f"{user}: plate '{frame.name}' stands inside a scan, and site '{site['name']}' there is scaled. If "
+                    f"the plate is subsampled, each step would draw other rows: put the plate around the scan and hand "
+                    f"the rows in. If handlers.scale is meant, put the plate around the scan too."
+                )
 
 
 def _check_encloses(name: str, model: list[Site], guide: list[Site], user: str) -> None:

@@ -74,10 +74,10 @@ class LeaveOneOut(NamedTuple):
 
 
 def leave_one_out(log_weights: Array) -> LeaveOneOut:
-    r"""Log odds of each particle against all others, :math:`\delta_k = \ell_k - \log\sum_{l \ne k} e^{\ell_l}`, in O(K).
+    r"""Log odds of each particle against the others, :math:`\delta_k = \ell_k - \log\sum_{l \ne k} e^{\ell_l}`.
 
     The largest weight is left out by summing the others; left out of a sum that contains the largest, any other weight
-    is at most half of it, so that neither case loses digits.
+    is at most half of it, so that neither case loses digits. Cost: O(K).
 
     :param log_weights: shape ``[K, ...]``; ``-inf`` marks a dead particle.
     """
