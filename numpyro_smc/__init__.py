@@ -20,6 +20,8 @@ from numpyro_smc.filtering.streaming import FilterState
 from numpyro_smc.programs import resampling
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.twist import gauss_hermite, twist
+from numpyro_smc.reports.gradient_statistics import GradientStatistics, gradient_statistics
+from numpyro_smc.reports.posterior_gap import ActiveUnits, BoundGap, active_units, kl_q_p
 
 __version__ = "0.1.0"
 
@@ -32,18 +34,24 @@ __all__ = [
     "STL",
     "TVO",
     "VIMCO",
+    "ActiveUnits",
+    "BoundGap",
     "DReG",
     "DecayingAverage",
     "FilterResult",
     "FilterState",
     "FitResult",
+    "GradientStatistics",
     "ParticleFilter",
     "Reinforce",
     "StepwiseOptim",
+    "active_units",
     "alternating",
     "bootstrap",
     "fit",
     "gauss_hermite",
+    "gradient_statistics",
+    "kl_q_p",
     "log_evidence",
     "log_schedule",
     "resampling",

@@ -9,7 +9,7 @@ from jax import Array, lax, random
 
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, PathwiseELBO, weighted_sum
-from numpyro_smc.programs.density import Densities, Pair, Params
+from numpyro_smc.programs.density import Densities, Pair, Params, is_point
 
 
 @jax.tree_util.register_dataclass
@@ -81,11 +81,14 @@ class DReG(PathwiseELBO):
         guide_key, model_key = random.split(rng_key)
         fixed = lax.stop_gradient(params)
         draw = self._draw(pair, guide_key, index, params)
-        still = draw._replace(trace={n: {**s, "value": lax.stop_gradient(s["value"])} for n, s in draw.trace.items()})
-        guide = pair.redraw(guide_key, index, fixed, draw)
-        of_model = pair.densities(guide, pair.run_model(model_key, index, params, still))
-        of_draws = pair.densities(guide, pair.run_model(model_key, index, fixed, draw))
-        return _TwoPaths(**vars(of_draws), of_model=of_model.with_fixed_guide(of_model.log_q))
+        fixed = {name: {**site, "value": lax.stop_gradient(site["value"])} for name, site in draw.trace.items()}
+        # Point masses have no score to reparameterise: their parameters act like the model's.
+        still = pair.redraw(guide_key, index, params, draw._replace(trace=fixed))
+        of_model = pair.densities(still, pair.run_model(model_key, index, params, still))
+        drawn = [name for name, site in still.trace.items() if site["type"] == "sample" and not is_point(site["fn"])]
+        moving = pair.redraw(guide_key, index, lax.stop_gradient(params), draw)
+        of_draws = pair.densities(moving, pair.run_model(model_key, index, lax.stop_gradient(params), moving))
+        return _TwoPaths(**vars(of_draws), of_model=of_model.with_fixed_guide(drawn))
 
     def _surrogate(self, cloud: Densities, coefficients: Coefficients, kl_weight: Any) -> Array:
         assert isinstance(cloud, _TwoPaths) and cloud.of_model is not None and coefficients.path is not None
