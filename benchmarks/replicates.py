@@ -53,10 +53,10 @@ def train(
     :param batch: ``batch(rng_key)`` gives the arguments of model and guide for one step, on the device: drawn data, or
         rows of a data set that it closes over.
     :param evaluate: ``evaluate(params, rng_key)`` of one seed, at evenly spaced steps; values are scalars.
-    :param init_params: ``init_params(rng_key)`` gives initial parameters of one seed, in place of those that the programs
-        carry (a network's are fixed when it is built, and would be the same for every seed).
-    :param checkpoint: file written at each evaluation. A call with the same arguments continues from it, to the bit; one
-        with more steps (and evaluations in proportion) goes on from a finished run.
+    :param init_params: ``init_params(rng_key)`` gives initial parameters of one seed, in place of those that the
+        programs carry (a network's are fixed when it is built, and would be the same for every seed).
+    :param checkpoint: file written at each evaluation. A call with the same arguments continues from it, to the bit;
+        one with more steps (and evaluations in proportion) goes on from a finished run.
     """
     keys = jax.vmap(random.key)(jnp.asarray(seeds))
     every = max(num_steps // num_evaluations, 1)

@@ -5,6 +5,7 @@ a table, a CSV and a JSON.
 from __future__ import annotations
 
 import csv
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -80,3 +81,26 @@ def write(
 
 def _cell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def load(
+    folder: str | os.PathLike[str], name: str, settings: Mapping[str, Any], free: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Rows that an earlier run wrote, but for those with an error; none if it had other settings.
+
+    :param free: settings that may differ, because they choose rows rather than change them.
+    """
+    try:
+        document = json.loads((Path(folder) / f"{name}.json").read_text())
+    except FileNotFoundError:
+        return []
+    now = json.loads(json.dumps(dict(settings), default=str))
+    then = document["settings"]
+    if any(now.get(key) != then.get(key) for key in (now.keys() | then.keys()) - set(free)):
+        return []
+    return [row for row in document["rows"] if not row.get("error")]
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Eight letters that differ between settings, for the names of checkpoints."""
+    return hashlib.sha256(json.dumps(dict(settings), sort_keys=True, default=str).encode()).hexdigest()[:8]

@@ -1,6 +1,7 @@
 """Sequential Monte Carlo and modern variational inference on ordinary NumPyro programs."""
 
 from numpyro_smc.elbo.dreg import DReG
+from numpyro_smc.elbo.dsmcs import DAIS, DSMCS
 from numpyro_smc.elbo.fivo import FIVO
 from numpyro_smc.elbo.iwelbo import IWELBO
 from numpyro_smc.elbo.ovis import OVIS
@@ -26,6 +27,8 @@ from numpyro_smc.reports.posterior_gap import ActiveUnits, BoundGap, active_unit
 __version__ = "0.1.0"
 
 __all__ = [
+    "DAIS",
+    "DSMCS",
     "FIVO",
     "IWELBO",
     "OVIS",

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array, lax, random
 from numpyro.infer.elbo import ELBO
 
-from numpyro_smc.engines.particles import Recursion, run
+from numpyro_smc.engines.particles import run, score_terms
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.resample import Decision, build
@@ -123,19 +122,8 @@ class FIVO(ELBO):
         recursion = run(rng_key, sequence, self.num_particles, self.resampling, remat=self.remat)
         value = sequence.bound(recursion.log_evidence)
         if self.resampling_gradient.startswith("score"):
-            surrogate = sequence.over_problems(self._score_terms(recursion))
+            terms = score_terms(recursion, future_only=self.resampling_gradient == "score_rb")
+            surrogate = sequence.over_problems(terms)
             surrogate = surrogate + sequence.log_global_score * lax.stop_gradient(value)
             value = value + (surrogate - lax.stop_gradient(surrogate))
         return value
-
-    def _score_terms(self, recursion: Recursion) -> Array:
-        """Log probabilities of all discrete choices times the log evidence that they can influence, per problem."""
-        steps = lax.stop_gradient(recursion.steps.increment)
-        total = lax.stop_gradient(recursion.log_evidence)
-        if self.resampling_gradient == "score":
-            future = jnp.broadcast_to(total, steps.shape)
-        else:
-            future = jnp.flip(jnp.cumsum(jnp.flip(steps, 0), axis=0), 0)
-        future = jnp.where(jnp.isfinite(future), future, 0.0)
-        first = jnp.where(jnp.isfinite(total), total, 0.0) * recursion.initial.score
-        return first + jnp.sum(recursion.steps.score * future, axis=0)

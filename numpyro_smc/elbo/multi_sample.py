@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection
+from math import inf
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro.util import find_stack_level
 
 from numpyro_smc.engines.schedules import Schedule, value_now
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_between, check_positive
 from numpyro_smc.programs.density import Densities, Pair, Params, Program, is_point, over_particles
 from numpyro_smc.programs.sites import Site, is_one
 
@@ -79,13 +80,14 @@ class MultiSampleELBO(ELBO):
                 f"{user}: num_particles must be at least {self._fewest_particles}, because each particle's baseline "
                 f"comes from the others; got {num_particles}."
             )
-        if not callable(alpha) and not 0.0 <= alpha < 1.0:
-            raise ValueError(f"{user}: alpha must be in [0, 1), got {alpha}. For alpha = 1 use Trace_ELBO.")
-        if not callable(kl_weight) and not kl_weight >= 0.0:
-            raise ValueError(f"{user}: kl_weight must not be negative, got {kl_weight}.")
-        if not free_bits >= 0.0:
-            raise ValueError(f"{user}: free_bits must not be negative, got {free_bits}.")
-        if isinstance(plates, str) and plates != "auto":
+        if not callable(alpha):
+            check_between(
+                user, 0.0, 1.0, alpha=alpha, remedy="For the evidence lower bound, alpha = 1, use Trace_ELBO."
+            )
+        if not callable(kl_weight):
+            check_between(user, 0.0, inf, kl_weight=kl_weight)
+        check_between(user, 0.0, inf, free_bits=free_bits)
+        if plates is not None and (isinstance(plates, str) or not isinstance(plates, Collection)) and plates != "auto":
             raise ValueError(f"{user}: plates must be 'auto', None or a collection of names, got {plates!r}.")
         if batch_size is not None:
             check_positive(user, batch_size=batch_size)

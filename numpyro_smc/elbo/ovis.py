@@ -1,5 +1,6 @@
 """OVIS: score-function gradients of importance-weighted bounds, with asymptotically optimal control variates."""
 
+from math import inf
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from jax import Array
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, ScoreFunctionELBO
 from numpyro_smc.elbo.vimco import check_baseline, geometric_baseline, learning_signal
+from numpyro_smc.programs.arguments import check_between
 from numpyro_smc.programs.weights import leave_one_out
 
 
@@ -91,10 +93,12 @@ class OVIS(ScoreFunctionELBO):
         check_baseline("OVIS", mean, clip_log_odds)
         if renyi not in ("exact", "tempered"):
             raise ValueError(f"OVIS: renyi must be 'exact' or 'tempered', got {renyi!r}.")
-        if num_auxiliary < 0 or (num_auxiliary and (gamma != 0.0 or mean != "arithmetic" or renyi != "exact")):
+        check_between("OVIS", 0.0, inf, gamma=gamma)
+        if not isinstance(num_auxiliary, int) or num_auxiliary < 0:
+            raise ValueError(f"OVIS: num_auxiliary must be a whole number of draws, got {num_auxiliary!r}.")
+        if num_auxiliary and (gamma != 0.0 or mean != "arithmetic" or renyi != "exact"):
             raise ValueError(
-                f"OVIS: num_auxiliary={num_auxiliary} must not be negative, and replaces gamma, mean and renyi, which "
-                f"then keep their defaults."
+                f"OVIS: num_auxiliary={num_auxiliary} replaces gamma, mean and renyi, which must keep their defaults."
             )
         if not exclusive and not 0 < num_auxiliary < max(num_particles, 2):
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from numpyro.distributions.distribution import Unit
 
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, ScoreFunctionELBO
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_between, check_positive
 from numpyro_smc.programs.density import Densities, Pair, Params, over_particles
 from numpyro_smc.programs.simulated_arguments import fit_rows, with_simulated
 from numpyro_smc.programs.sites import is_latent
@@ -90,9 +91,7 @@ class RWS(ScoreFunctionELBO):
         if "pathwise" in options:
             raise ValueError("RWS: it has no pathwise; the guide is fitted by its density alone.")
         super().__init__(num_particles, **options)
-        for name, weight in (("wake_theta", wake_theta), ("wake_phi", wake_phi), ("sleep_phi", sleep_phi)):
-            if not weight >= 0.0:
-                raise ValueError(f"RWS: {name} must not be negative, got {weight}.")
+        check_between("RWS", 0.0, inf, wake_theta=wake_theta, wake_phi=wake_phi, sleep_phi=sleep_phi)
         check_positive("RWS", num_sleep=num_sleep)
         self.wake_theta, self.wake_phi, self.sleep_phi = wake_theta, wake_phi, sleep_phi
         self.num_sleep, self.simulate, self.allow_shared = num_sleep, simulate, allow_shared
@@ -137,8 +136,9 @@ class RWS(ScoreFunctionELBO):
         if self.simulate is not None:
             args, kwargs = self.simulate(values)
         else:
+            user = "RWS (sleep_phi)"
             plates = [site for site in dream.trace.values() if site["type"] == "plate"]
-            args = with_simulated(values, pair.args, fit_rows(plates, "RWS (sleep_phi)"), "RWS (sleep_phi)")
+            args = with_simulated(values, pair.args, fit_rows(plates, user), user, _SIMULATE)
             kwargs = pair.kwargs
         latents = dream._replace(trace={name: site for name, site in dream.trace.items() if name not in seen}, keys=())
         guide = replace(pair, args=args, kwargs=kwargs).redraw(guide_key, index, params, latents)
@@ -149,3 +149,6 @@ class RWS(ScoreFunctionELBO):
                     f"the model's. Use a guide that samples the model's sites directly, or sleep_phi=0."
                 )
         return pair.densities(guide, dream.trace, self._is_score)
+
+
+_SIMULATE = "Or pass simulate=, a function from the simulated values to the guide's (args, kwargs)."

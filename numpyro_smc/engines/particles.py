@@ -10,6 +10,7 @@ with :math:`W_{t-1} := 0` after resampling. :math:`\\hat Z` is unbiased for any 
 Filters, FIVO and SIXO bounds, tempered samplers and conditional SMC are this recursion with different models.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -130,13 +131,14 @@ def run(
     resample: ResampleFn | None,
     *,
     keep: Keep | None = None,
-    remat: bool = False,
+    remat: bool | str = False,
 ) -> Recursion:
     """Run the recursion over all steps.
 
     :param keep: what to store of each step, a function of the new state and the move; nothing by default, and then
         memory is O(N) however long the series.
-    :param remat: recompute each step in the backward pass instead of storing its intermediate values.
+    :param remat: recompute each step in the backward pass instead of storing its intermediate values; ``"sqrt"``
+        also recomputes the states between, from one in about every :math:`\\sqrt T` that is stored.
     """
     init_key, run_key = random.split(rng_key)
     state, initial, move = initialise(init_key, model, num_particles)
@@ -150,9 +152,43 @@ def run(
             ancestors=info.ancestors if keep is not None else jnp.zeros((), jnp.int32),
         )
 
-    body = jax.checkpoint(step) if remat else step
+    body = jax.checkpoint(step) if remat else step  # type: ignore[arg-type]
     times = jnp.arange(model.length)
     # All keys at once: deriving them one step at a time would dominate filters with few particles.
     keys = jax.vmap(step_keys, (None, 0))(run_key, times)
-    state, infos = lax.scan(body, state, (times, keys, model.inputs()))
+    scan = _scan_in_blocks if remat == "sqrt" else lax.scan
+    state, infos = scan(body, state, (times, keys, model.inputs()))
     return Recursion(state, initial, infos, kept)
+
+
+def score_terms(recursion: Recursion, future_only: bool) -> Array:
+    """Log probabilities of all discrete choices times the log evidence that they can influence, per problem.
+
+    :param future_only: leave out the increments before a choice, which it cannot influence: less variance.
+    """
+    steps = lax.stop_gradient(recursion.steps.increment)
+    total = lax.stop_gradient(recursion.log_evidence)
+    if future_only:
+        future = jnp.flip(jnp.cumsum(jnp.flip(steps, 0), axis=0), 0)
+    else:
+        future = jnp.broadcast_to(total, steps.shape)
+    future = jnp.where(jnp.isfinite(future), future, 0.0)
+    first = jnp.where(jnp.isfinite(total), total, 0.0) * recursion.initial.score
+    return first + jnp.sum(recursion.steps.score * future, axis=0)
+
+
+def _scan_in_blocks(body: Any, state: Any, inputs: Any) -> tuple[Any, Any]:
+    """``lax.scan`` that stores the state once per block of about the square root of the length."""
+    length = len(jax.tree.leaves(inputs)[0])
+    size = max(math.isqrt(length), 1)
+    num_blocks = length // size
+
+    @jax.checkpoint
+    def block(state: Any, inputs: Any) -> tuple[Any, Any]:
+        return lax.scan(body, state, inputs)
+
+    split = jax.tree.map(lambda x: x[: num_blocks * size].reshape(num_blocks, size, *x.shape[1:]), inputs)
+    state, outputs = lax.scan(block, state, split)
+    outputs = jax.tree.map(lambda x: x.reshape(num_blocks * size, *x.shape[2:]), outputs)
+    state, rest = block(state, jax.tree.map(lambda x: x[num_blocks * size :], inputs))
+    return state, jax.tree.map(lambda x, y: jnp.concatenate([x, y]), outputs, rest)

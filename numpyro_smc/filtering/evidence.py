@@ -23,18 +23,21 @@ def log_evidence(
     resampler: str | Scheme = "multinomial",
     resample: str | Decision = "ess",
     ess_threshold: float = 0.5,
+    allow_biased: bool = False,
     **kwargs: Any,
 ) -> Array:
     r"""Log evidence of a sequence model at given parameters, by a particle filter without history.
 
-    :math:`e^{\text{value}}` is an unbiased estimate of :math:`p(y \mid \theta)`.
+    :math:`e^{\text{value}}` is an unbiased estimate of :math:`p(y \mid \theta)` unless ``allow_biased`` says otherwise.
 
     :param params: values of ``param`` sites and of global latents.
     :param args: arguments of the model.
     :param batch_size: move particles in chunks of this size, so that a step's memory stays bounded; must divide
         ``num_particles``.
+    :param allow_biased: accept a resampling scheme that is not known to be unbiased.
     :return: scalar, or ``[*batch]`` under plates that enclose the program. Memory O(N), independent of T.
     :raises FloatingPointError: if all weights vanish or are not a number.
+    :raises ValueError: for a biased resampling scheme without ``allow_biased``.
 
     **Example**
 
@@ -56,7 +59,10 @@ def log_evidence(
         >>> bool(-3.2 < value < -2.2)
         True
     """
-    particle_filter = _evidence_filter(model, num_particles, guide, resampler, resample, ess_threshold, batch_size)
+    particle_filter = _evidence_filter(
+        model, num_particles, guide, resampler, resample, ess_threshold, allow_biased, batch_size
+    )
+    particle_filter.check_unbiased("log_evidence")
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((rng_key, params, args, kwargs))):
         return particle_filter.log_evidence(rng_key, *args, params=params, **kwargs)
     return particle_filter.run(rng_key, *args, params=params, **kwargs).log_evidence
@@ -70,6 +76,7 @@ def _evidence_filter(
     resampler: Any,
     resample: Any,
     ess_threshold: float,
+    allow_biased: bool,
     batch_size: int | None,
 ) -> ParticleFilter:
     # Kept, so that a second call finds its compiled program.
@@ -80,6 +87,7 @@ def _evidence_filter(
         resampler=resampler,
         resample=resample,
         ess_threshold=ess_threshold,
+        allow_biased=allow_biased,
         history=False,
         batch_size=batch_size,
     )

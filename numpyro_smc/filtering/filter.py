@@ -19,7 +19,7 @@ from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.resample import Decision, build
-from numpyro_smc.programs.resampling import Scheme
+from numpyro_smc.programs.resampling import Scheme, resolve
 from numpyro_smc.programs.sequence import Program, Sequence
 from numpyro_smc.programs.weights import normalise
 
@@ -35,8 +35,8 @@ class ParticleFilter:
     Particles move by the model's own transition (the bootstrap filter), or by a guide's scan body, and are weighed by
     :math:`p(x_t \mid x_{t-1})\,p(y_t \mid x_t) / q(x_t \mid x_{t-1}, y)`; ``twist`` statements of the guide are
     honoured and taken out of the reported filtering weights. The estimate of the evidence :math:`\hat Z` is unbiased,
-    :math:`\mathbb E \hat Z = p(y \mid \theta)`, for every resampling scheme here and any schedule; its logarithm is
-    biased low. Cost: O(NT) time; O(NT) memory with history, O(N) without.
+    :math:`\mathbb E \hat Z = p(y \mid \theta)`, for every resampling scheme marked so and any schedule; its logarithm
+    is biased low. Cost: O(NT) time; O(NT) memory with history, O(N) without.
 
     Latents before the scan that the steps use directly are global: they must be given in ``params`` (the evidence is
     then conditional on them) or proposed by the guide.
@@ -45,6 +45,7 @@ class ParticleFilter:
     :param num_particles: number of particles N.
     :param guide: proposal; ``None`` for the model's own transition.
     :param resampler, resample, ess_threshold: see :class:`~numpyro_smc.FIVO`.
+    :param allow_biased: let :meth:`log_evidence` answer also under a scheme that is not known to be unbiased.
     :param history: whether to keep the particles of all steps (needed for filtered means, smoothing, plots).
     :param batch_size: move particles in chunks of this size, to bound the memory of a step; must divide
         ``num_particles``.
@@ -86,6 +87,7 @@ class ParticleFilter:
         resampler: str | Scheme = "systematic",
         resample: str | Decision = "ess",
         ess_threshold: float = 0.5,
+        allow_biased: bool = False,
         history: bool = True,
         batch_size: int | None = None,
     ) -> None:
@@ -94,6 +96,8 @@ class ParticleFilter:
         self.num_particles = int(num_particles)
         self.guide = guide
         self.resampling = build(resampler, resample, ess_threshold)
+        self.scheme = resolve(resampler) if self.resampling is not None else None
+        self.allow_biased = allow_biased
         self.history = history
         self.batch_size = batch_size
         in_chunks(None, num_particles, batch_size)
@@ -107,6 +111,21 @@ class ParticleFilter:
         return (
             f"ParticleFilter({getattr(self.model, '__name__', self.model)}, num_particles={self.num_particles}{guide})"
         )
+
+    @property
+    def is_biased(self) -> bool:
+        """Whether the evidence estimate is biased, or not known to be unbiased, because of the resampling scheme."""
+        return self.scheme is not None and not self.scheme.unbiased
+
+    def check_unbiased(self, caller: str) -> None:
+        """:raises ValueError: if the evidence estimate is biased and the filter was not told to allow that."""
+        if self.is_biased and not self.allow_biased:
+            assert self.scheme is not None
+            raise ValueError(
+                f"{caller}: resampler '{self.scheme.name}' is not known to be unbiased, and neither is an evidence "
+                f"estimated with it. Use an unbiased scheme such as 'systematic', or pass allow_biased=True to have "
+                f"the biased value, as an objective for instance."
+            )
 
     # ---- whole series -------------------------------------------------------------------------------------------
 
@@ -128,7 +147,10 @@ class ParticleFilter:
     def log_evidence(self, rng_key: Array, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any) -> Array:
         """The log evidence alone, ``[*batch]``: pure and differentiable,
         for use under ``jit``, ``grad`` and ``vmap``.
+
+        :raises ValueError: if the resampling scheme is biased, unless the filter was made with ``allow_biased=True``.
         """
+        self.check_unbiased("ParticleFilter.log_evidence")
         return self._run(rng_key, as_arrays(params), args, kwargs, history=False)[0]
 
     def read(

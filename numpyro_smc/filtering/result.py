@@ -77,6 +77,7 @@ class FilterResult:
     @property
     def ancestors(self) -> Array:
         self._need_history("ancestors")
+        self._need_genealogy("ancestors")
         assert self.history.ancestors is not None
         return self.history.ancestors
 
@@ -100,6 +101,9 @@ class FilterResult:
             f"{evidence:.4f}" if evidence.ndim == 0 else f"{evidence.sum():.4f} over a batch of shape {evidence.shape}"
         )
         ess = np.asarray(self.ess)
+        scheme = self.filter.scheme
+        if scheme is not None and not scheme.unbiased:
+            shown += f" (resampler '{scheme.name}' is not known to be unbiased)"
         sites = sorted(self.history.steps["values"]) if self.history.steps is not None else "not kept (history=False)"
         return (
             f"FilterResult: log evidence {shown}\n"
@@ -157,7 +161,8 @@ class FilterResult:
 
         :param num_samples: number of paths. **batch_size** - paths simulated at a time by ``"backward"``.
         :return: by site, ``[num_samples, T, ...]`` (``[num_samples, ...]`` for sites before the scan).
-        :raises ValueError: for backward methods if the carry is not determined by the step's own latents.
+        :raises ValueError: for backward methods if the carry is not determined by the step's own latents, and for
+            the other two after a resampling scheme that mixes particles.
 
         **References**
 
@@ -167,6 +172,8 @@ class FilterResult:
         self._need_history("sample_posterior")
         if num_samples < 1:
             raise ValueError(f"sample_posterior: num_samples must be positive, got {num_samples}.")
+        if method in ("genealogy", "backward_mcmc"):
+            self._need_genealogy(f"sample_posterior(method={method!r})")
         if method == "genealogy":
             return self._compiled("genealogy", genealogy.sample_paths)(rng_key, self.history, num_samples)
         if method in ("backward", "backward_mcmc"):
@@ -250,6 +257,14 @@ class FilterResult:
         if self.history.steps is None:
             raise ValueError(
                 f"FilterResult.{what} needs the particles of all steps: run ParticleFilter(..., history=True)."
+            )
+
+    def _need_genealogy(self, what: str) -> None:
+        scheme = self.filter.scheme
+        if scheme is not None and scheme.mixes:
+            raise ValueError(
+                f"FilterResult.{what}: resampler '{scheme.name}' mixes particles, which then have no ancestors. Use "
+                f"sample_posterior(method='backward'), or a scheme that copies particles, such as 'systematic'."
             )
 
     def _weighted(self, site: str) -> tuple[Array, Array, int]:

@@ -10,3 +10,16 @@ def check_positive(user: str, **numbers: Any) -> None:
     for name, number in numbers.items():
         if not isinstance(number, int | np.integer) or isinstance(number, bool) or number < 1:
             raise ValueError(f"{user}: {name} must be a positive integer, got {number!r}.")
+
+
+def check_between(user: str, low: float, high: float, remedy: str = "", **numbers: Any) -> None:
+    """:raises ValueError: unless each number is in [low, high); the message names user and argument.
+
+    :param remedy: what to do, for the message.
+    """
+    for name, number in numbers.items():
+        is_real = isinstance(number, int | float | np.floating | np.integer) and not isinstance(number, bool)
+        if not is_real or not low <= number < high:
+            raise ValueError(
+                f"{user}: {name} must be a number in [{low:g}, {high:g}), got {number!r}. {remedy}".strip()
+            )

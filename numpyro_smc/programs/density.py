@@ -122,11 +122,18 @@ class Pair:
             if site["type"] == "plate" or (is_latent(site) and not is_point(site["fn"]))
         }
         draws = _Draws(rng_key, index, self.plate_key, draw.keys)
-        with handlers.block(), handlers.trace() as trace, draws:
-            self._run(handlers.replay(self.guide, trace=values), params)
+        with handlers.block(), handlers.trace() as trace, draws, handlers.replay(trace=values):
+            self._run(self.guide, params)
         return Draw(trace, draw.keys)
 
-    def run_model(self, rng_key: Array, index: Array, params: Params, draw: Draw) -> Trace:
+    def run_guide(self, rng_key: Array, params: Params, given: Messenger) -> Draw:
+        """Run the guide with the values that a handler gives to its sites."""
+        draws = _Draws(rng_key, None, self.plate_key)
+        with handlers.block(), handlers.trace() as trace, draws, given:
+            self._run(self.guide, params)
+        return Draw(trace, tuple(draws.handed_out))
+
+    def run_model(self, rng_key: Array, index: Array | None, params: Params, draw: Draw) -> Trace:
         """Run the model at the latents of ``draw``."""
         draws = _Draws(rng_key, index, self.plate_key)
         latents = {name: site for name, site in draw.trace.items() if site["type"] == "plate" or is_latent(site)}
@@ -275,9 +282,7 @@ class _Draws(CloudDraws):
     :param keys: what ``numpyro.prng_key`` gives, in this order, before new ones.
     """
 
-    index: Array
-
-    def __init__(self, rng_key: Array, index: Array, plate_key: Array, keys: tuple[Array, ...] = ()) -> None:
+    def __init__(self, rng_key: Array, index: Array | None, plate_key: Array, keys: tuple[Array, ...] = ()) -> None:
         super().__init__(rng_key, index)
         self.plate_key = plate_key
         self.keys = list(keys)
@@ -287,7 +292,8 @@ class _Draws(CloudDraws):
         if msg["type"] == "plate" and msg["value"] is None:
             msg["kwargs"]["rng_key"] = random.fold_in(self.plate_key, zlib.crc32(msg["name"].encode()))
         elif msg["type"] == "control_flow" and msg["kwargs"]["rng_key"] is None:
-            msg["kwargs"]["rng_key"] = random.fold_in(self._next_key(), self.index)
+            rng_key = self._next_key()
+            msg["kwargs"]["rng_key"] = rng_key if self.index is None else random.fold_in(rng_key, self.index)
         elif msg["type"] == "prng_key" and msg["value"] is None and self.keys:
             msg["value"] = self.keys.pop(0)
         else:

@@ -100,7 +100,8 @@ def _warn_of_missing_plates(model: list[Site], user: str) -> None:
         for axis in range(first, len(batch_shape)):
             dim = axis - len(batch_shape)
             if batch_shape[axis] > _LARGE and dim not in dims:
-                warnings.warn(
+                # One site is enough to say so.
+                return warnings.warn(
                     f"{user}: batch dimension {dim} of site '{site['name']}' ({batch_shape[axis]} elements) belongs to "
                     f"no plate, so its elements share one importance weight. Put independent data in a numpyro.plate "
                     f"(for weights per element), or declare the dimension with to_event.",

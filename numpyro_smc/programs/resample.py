@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import Array, lax, random
 
 from numpyro_smc.programs.resampling import Scheme, resolve
-from numpyro_smc.programs.weights import normalise
+from numpyro_smc.programs.resampling.mixing import log_probabilities
+from numpyro_smc.programs.weights import log_mean_exp, normalise
 
 GRADIENTS = ("none", "score", "score_rb", "stop_gradient")
 
@@ -17,8 +18,8 @@ class Resampled(NamedTuple):
     """Outcome of a resampling decision.
 
     - **particles** - pytree with leading particle axis.
-    - **log_weights** - ``[N, *batch]``, of mean one.
-    - **ancestors** - int32 ``[N, *batch]``; the identity where nothing was resampled.
+    - **log_weights** - ``[N, *batch]``, of mean one (after a scheme with its own ``selection``, only on average).
+    - **ancestors** - int32 ``[N, *batch]``; the identity where nothing was resampled, and for schemes that mix.
     - **resampled** - bool ``[*batch]``.
     - **log_prob** - log probability of the ancestors (zeros unless a score gradient is asked for), ``[*batch]``.
     """
@@ -66,16 +67,22 @@ def build(
     """Compose a resampling function for a cloud, or ``None`` when nothing is ever resampled.
 
     :param resampler: name of a registered scheme, or a scheme.
-    :param gradient: how gradients pass: ``"none"`` (through the moved particles only; biased), ``"score"`` and
-        ``"score_rb"`` (score-function terms, unbiased; multinomial scheme and fixed schedule only), ``"stop_gradient"``
-        (log weights carried as :math:`\\log w_I - \\operatorname{sg}(\\log w_I)`; targets the gradient of the log
-        evidence).
-    :raises ValueError: for unknown names, and for score terms with a scheme or schedule they are wrong for.
+    :param gradient: how gradients pass: ``"none"`` (through the moved particles, and whatever the scheme itself passes
+        on; biased), ``"score"`` and ``"score_rb"`` (score-function terms, unbiased; multinomial or soft scheme and
+        fixed schedule only), ``"stop_gradient"`` (log weights carried as
+        :math:`\\log w_I - \\operatorname{sg}(\\log w_I)`; targets the gradient of the log evidence). Schemes whose
+        particles pass on gradients themselves allow ``"none"`` only.
+    :raises ValueError: for unknown names, and for gradient terms with a scheme or schedule they are wrong for.
     """
     scheme = resolve(resampler)
     decide = schedule(resample, ess_threshold)
     if gradient not in GRADIENTS:
         raise ValueError(f"Unknown resampling_gradient={gradient!r}. Known: {', '.join(GRADIENTS)}.")
+    if gradient != "none" and scheme.differentiable == "path":
+        raise ValueError(
+            f"resampling_gradient={gradient!r} is for schemes that copy particles; those of the {scheme.name} scheme "
+            f"pass gradients on themselves. Use resampling_gradient='none', or another scheme such as 'multinomial'."
+        )
     if gradient.startswith("score"):
         if scheme.log_prob is None:
             raise ValueError(
@@ -90,29 +97,65 @@ def build(
     if decide is None:
         return None
 
+    def asked(rng_key: Array, log_weights: Array, t: Array) -> Array:
+        """Whether one problem is resampled: the schedule says so, and the scheme does not keep the cloud."""
+        do = decide(log_weights, t)
+        if scheme.keep is not None:
+            probability = scheme.keep(log_weights)
+            do = do & (random.uniform(rng_key, (), probability.dtype) >= probability)
+        return do
+
+    def split(rng_key: Array) -> tuple[Array, Array]:
+        """Keys for the decision, where it is random, and for the rest."""
+        keys = random.split(rng_key) if scheme.keep is not None else (rng_key, rng_key)
+        return keys[0], keys[1]
+
     def chosen(rng_key: Array, log_weights: Array) -> tuple[Array, Array, Array]:
         """Ancestors, new log weights and log probability of one problem's resampling."""
+        assert scheme.ancestors is not None
         ancestors = scheme.ancestors(rng_key, lax.stop_gradient(log_weights), log_weights.shape[0])
+        dead = jnp.isneginf(log_weights)
         new_log_weights = jnp.zeros_like(log_weights)
+        if scheme.selection is not None:
+            log_ratio = log_probabilities(log_weights) - jnp.where(dead, 0.0, scheme.selection(log_weights))
+            new_log_weights = jnp.where(dead, 0.0, log_ratio)[ancestors]
+            if gradient == "none":
+                # Their mean is one on average whatever the parameters; without the score only this gradient says so.
+                log_mean = log_mean_exp(new_log_weights)
+                new_log_weights = new_log_weights - (log_mean - lax.stop_gradient(log_mean))
         if gradient == "stop_gradient":
-            carried = jnp.where(jnp.isneginf(log_weights), 0.0, log_weights)[ancestors]
-            new_log_weights = carried - lax.stop_gradient(carried)
+            carried = jnp.where(dead, 0.0, log_weights)[ancestors]
+            new_log_weights = lax.stop_gradient(new_log_weights) + (carried - lax.stop_gradient(carried))
         log_prob = jnp.zeros(())
         if gradient.startswith("score"):
             assert scheme.log_prob is not None
             log_prob = scheme.log_prob(ancestors, log_weights)
         return ancestors, new_log_weights, log_prob
 
+    def moved(rng_key: Array, log_weights: Array, particles: Any) -> tuple[Any, Array, Array, Array]:
+        """One problem's new particles, with what :func:`chosen` returns."""
+        if scheme.transport is None:
+            ancestors, new_log_weights, log_prob = chosen(rng_key, log_weights)
+            return jax.tree.map(lambda leaf: leaf[ancestors], particles), new_log_weights, ancestors, log_prob
+        size = log_weights.shape[0]
+        ancestors = jnp.arange(size, dtype=jnp.int32)
+        if scheme.ancestors is not None:
+            ancestors = scheme.ancestors(rng_key, lax.stop_gradient(log_weights), size)
+        new_particles, new_log_weights = scheme.transport(rng_key, log_weights, particles)
+        alive = jnp.max(log_weights) > -jnp.inf
+        new_particles = jax.tree.map(lambda new, old: jnp.where(alive, new, old), new_particles, particles)
+        return new_particles, new_log_weights, ancestors, jnp.zeros(())
+
     def one(rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array) -> Resampled:
-        do = decide(lax.stop_gradient(log_weights), t) & allowed
+        decision_key, rng_key = split(rng_key)
+        do = asked(decision_key, lax.stop_gradient(log_weights), t) & allowed
 
         def move(operand: tuple[Array, Any]) -> Resampled:
             log_weights, particles = operand
-            ancestors, new_log_weights, log_prob = chosen(rng_key, log_weights)
+            new_particles, new_log_weights, ancestors, log_prob = moved(rng_key, log_weights, particles)
             alive = jnp.max(log_weights) > -jnp.inf
             new_log_weights = jnp.where(alive, new_log_weights, log_weights)
-            moved = jax.tree.map(lambda leaf: leaf[ancestors], particles)
-            return Resampled(moved, new_log_weights, ancestors, jnp.asarray(True), log_prob)
+            return Resampled(new_particles, new_log_weights, ancestors, jnp.asarray(True), log_prob)
 
         def stay(operand: tuple[Array, Any]) -> Resampled:
             log_weights, particles = operand
@@ -125,26 +168,41 @@ def build(
         num_particles, batch = log_weights.shape[0], log_weights.shape[1:]
         rank = len(batch)
         flat = log_weights.reshape(num_particles, -1)
-        do = jax.vmap(decide, (1, None))(lax.stop_gradient(flat), t) & allowed
+        decision_key, rng_key = split(rng_key)
+        decision_keys = random.split(decision_key, flat.shape[1])
+        do = jax.vmap(asked, (0, 1, None))(decision_keys, lax.stop_gradient(flat), t) & allowed
         identity = jnp.broadcast_to(jnp.arange(num_particles, dtype=jnp.int32)[:, None], flat.shape)
 
-        def move(operand: tuple[Array, Any]) -> tuple[Any, Array, Array, Array]:
-            flat, particles = operand
-            keys = random.split(rng_key, flat.shape[1])
+        def columns(leaf: Array) -> Array:
+            return leaf.reshape(num_particles, flat.shape[1], *leaf.shape[1 + rank :])
+
+        def copies(keys: Array, particles: Any, flat: Array) -> tuple[Any, Array, Array, Array]:
             ancestors, new_log_weights, log_prob = jax.vmap(chosen, (0, 1), (1, 1, 0))(keys, flat)
-            moved = do & (jnp.max(flat, axis=0) > -jnp.inf)
             ancestors = jnp.where(do, ancestors, identity)
 
             def gather(leaf: Array) -> Array:
-                columns = leaf.reshape(num_particles, flat.shape[1], *leaf.shape[1 + rank :])
-                return columns[ancestors, jnp.arange(flat.shape[1])].reshape(leaf.shape)
+                return columns(leaf)[ancestors, jnp.arange(flat.shape[1])].reshape(leaf.shape)
 
-            return (
-                jax.tree.map(gather, particles),
-                jnp.where(moved, new_log_weights, flat),
-                ancestors,
-                jnp.where(do, log_prob, 0.0),
-            )
+            return jax.tree.map(gather, particles), new_log_weights, ancestors, log_prob
+
+        def transported(keys: Array, particles: Any, flat: Array) -> tuple[Any, Array, Array, Array]:
+            in_columns = jax.tree.map(columns, particles)
+            new, new_log_weights, ancestors, log_prob = jax.vmap(moved, (0, 1, 1), (1, 1, 1, 0))(keys, flat, in_columns)
+
+            def select(new: Array, old: Array) -> Array:
+                selected = do.reshape((1, -1) + (1,) * (new.ndim - 2))
+                return jnp.where(selected, new, columns(old)).reshape(old.shape)
+
+            new = jax.tree.map(select, new, particles)
+            return new, new_log_weights, jnp.where(do, ancestors, identity), log_prob
+
+        def move(operand: tuple[Array, Any]) -> tuple[Any, Array, Array, Array]:
+            flat, particles = operand
+            change = copies if scheme.transport is None else transported
+            keys = random.split(rng_key, flat.shape[1])
+            particles, new_log_weights, ancestors, log_prob = change(keys, particles, flat)
+            alive = do & (jnp.max(flat, axis=0) > -jnp.inf)
+            return particles, jnp.where(alive, new_log_weights, flat), ancestors, jnp.where(do, log_prob, 0.0)
 
         def stay(operand: tuple[Array, Any]) -> tuple[Any, Array, Array, Array]:
             flat, particles = operand

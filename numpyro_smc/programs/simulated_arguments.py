@@ -11,12 +11,14 @@ from numpyro_smc.programs.sites import Site
 Fit = Callable[[Array, Any, str], Array]
 
 
-def with_simulated(values: dict[str, Array], args: tuple[Any, ...], fit: Fit, user: str) -> tuple[Any, ...]:
+def with_simulated(
+    values: dict[str, Array], args: tuple[Any, ...], fit: Fit, user: str, remedy: str = ""
+) -> tuple[Any, ...]:
     """The arguments with the first one, the data, replaced by simulated observations.
 
     :param values: simulated observations by site.
     :param fit: ``fit(value, original, name)`` brings a value to the form of the original.
-    :param user: what needs simulated data, for error messages.
+    :param user: what needs simulated data, and **remedy** what else one may do, for error messages.
     """
     original = args[0] if args else None
     if isinstance(original, dict):
@@ -31,7 +33,7 @@ def with_simulated(values: dict[str, Array], args: tuple[Any, ...], fit: Fit, us
         raise ValueError(
             f"{user} runs the guide on simulated observations, so the first argument of model and guide must be the "
             f"observations: an array, or a dict of arrays by site name (observed sites: {sorted(values)}; got "
-            f"{type(original).__name__})."
+            f"{type(original).__name__}). {remedy}".strip()
         )
     return data, *args[1:]
 

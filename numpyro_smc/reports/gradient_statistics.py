@@ -153,8 +153,7 @@ def gradient_statistics(
 
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from jax import random
-        >>> from numpyro_smc import OVIS, VIMCO
-        >>> from numpyro_smc.reports.gradient_statistics import gradient_statistics
+        >>> from numpyro_smc import OVIS, VIMCO, gradient_statistics
         >>> def model(x):
         ...     with numpyro.plate("data", len(x)):
         ...         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
@@ -177,7 +176,7 @@ def gradient_statistics(
     """
     if num_samples < 2:
         raise ValueError(f"gradient_statistics: num_samples must be at least 2 for a variance, got {num_samples}.")
-    params = jax.tree.map(jnp.asarray, params)
+    params = {name: jax.tree.map(jnp.asarray, value) for name, value in params.items()}
     selected = _select(params, names)
     gradients, mean_ess = _compiled(loss, model, guide, selected, batch_size)
     gradient_key, weight_key = random.split(rng_key)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 
+from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Pair, log_weights
 from numpyro_smc.programs.sites import BatchPlates, Site, is_latent
@@ -94,8 +95,8 @@ def kl_q_p(
 
     for each element of the plates that enclose every sample site of model and guide, or for the whole model.
 
-    Trust: :math:`\mathbb E[L_K] \le \log p(x)`, so that the gap is too small by :math:`\log p(x) - L_K`; where ``ess`` is
-    a few, it is a lower limit. Standard errors are over elements: how far other data of the same kind would differ.
+    Trust: :math:`\mathbb E[L_K] \le \log p(x)`, so that the gap is too small by :math:`\log p(x) - L_K`; where ``ess``
+    is a few, it is a lower limit. Standard errors are over elements: how far other data of the same kind would differ.
     Discrete and continuous guides alike. Cost: :math:`K` runs of guide and model, without gradients, compiled once for
     all data of one shape; memory of ``batch_size`` runs, plus the log densities.
 
@@ -129,7 +130,8 @@ def kl_q_p(
     2. *Optimal Variance Control of the Score-Function Gradient Estimator for Importance-Weighted Bounds*, V. Lievin,
        A. Dittadi, A. Christensen, O. Winther (2020)
     """
-    _check("kl_q_p", num_particles=num_particles, batch_size=batch_size)
+    check_positive("kl_q_p", num_particles=num_particles, batch_size=1 if batch_size is None else batch_size)
+    params = jax.tree.map(jnp.asarray, params)
     return _compiled_gap(model, guide, num_particles, batch_size)(rng_key, params, args, kwargs)
 
 
@@ -237,13 +239,12 @@ def active_units(
 
     .. math:: A_d = \operatorname{Var}_n\big(\mathbb E_{q(z \mid x_n)}[z_d]\big) > \text{threshold},
 
-    the variance (with N - 1) being over the elements :math:`n` of the plates that enclose every sample site of model and
-    guide, and the expectation the mean of ``num_samples`` draws from the guide. Units are what else a site's value has:
-    event dimensions, further plates, steps of a scan. Categories count by their number.
+    the variance (with N - 1) being over the elements :math:`n` of the plates that enclose every sample site of model
+    and guide, and the expectation the mean of S = ``num_samples`` draws from the guide. Units are what else a site's
+    value has: event dimensions, further plates, steps of a scan. Categories count by their number.
 
-    Trust: the draws add :math:`\operatorname{Var}_q(z_d) / \text{num\_samples}` to :math:`A_d`, which must be well below
-    the threshold. Cost: ``num_samples`` runs of the guide, compiled once for all data of one shape; memory of
-    ``batch_size`` runs.
+    Trust: the draws add :math:`\operatorname{Var}_q(z_d) / S` to :math:`A_d`, which must be well below the threshold.
+    Cost: S runs of the guide, compiled once for all data of one shape; memory of ``batch_size`` runs.
 
     :param params: constrained values of the ``param`` sites.
     :param args: arguments of model and guide; also ``kwargs``.
@@ -274,7 +275,8 @@ def active_units(
 
     1. *Importance Weighted Autoencoders*, Y. Burda, R. Grosse, R. Salakhutdinov (2016)
     """
-    _check("active_units", num_samples=num_samples, batch_size=batch_size)
+    check_positive("active_units", num_samples=num_samples, batch_size=1 if batch_size is None else batch_size)
+    params = jax.tree.map(jnp.asarray, params)
     variances = _compiled_variances(model, guide, num_samples, batch_size)
     return ActiveUnits(variances(rng_key, params, args, kwargs), float(threshold))
 
@@ -322,12 +324,6 @@ def _elements_first(site: Site, plates: BatchPlates) -> Array:
     axes = [rank + dim for dim in plates.dims]
     value = jnp.moveaxis(value, axes, range(len(axes)))
     return value.reshape(-1, *value.shape[len(axes) :])
-
-
-def _check(user: str, **numbers: int | None) -> None:
-    for name, number in numbers.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{user}: {name} must be a positive integer, got {number}.")
 
 
 def _new_axes() -> Any:

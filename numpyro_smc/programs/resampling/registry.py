@@ -10,6 +10,9 @@ Ancestors = Callable[[Array, Array, int], Array]
 ConditionalAncestors = Callable[[Array, Array, int, Array, Array], Array]
 LogProb = Callable[[Array, Array], Array]
 Transport = Callable[[Array, Array, Any], tuple[Any, Array]]
+OfWeights = Callable[[Array], Array]
+
+DIFFERENTIABLE = ("none", "weights", "path")
 
 
 @dataclass(frozen=True)
@@ -19,27 +22,52 @@ class Scheme:
     :param name: by which :func:`resolve` finds it once it is registered.
     :param ancestors: ``(rng_key, log_weights, num_samples) -> int32[num_samples]``. The log weights, float ``[N]``, are
         unnormalised; ``-inf`` marks a dead particle, which must never be an ancestor. Indices are in ``[0, N)``; if
-        every particle is dead they are ``arange(num_samples) % N``. No gradient flows.
+        every particle is dead they are ``arange(num_samples) % N``. No gradient flows. ``None`` for a scheme that mixes
+        particles, after which nobody has one ancestor.
     :param conditional: ``(rng_key, log_weights, num_samples, pivot_in, pivot_out) -> int32[num_samples]``, for particle
         Gibbs: the law of the ancestors, after a uniform cyclic shift of the slots, given
         ``result[pivot_out] == pivot_in``. ``None`` if there is none.
-    :param unbiased: whether particle :math:`i` has :math:`n W_i` offspring on average, without which evidence estimates
-        are biased; ``False`` also when that is not known.
+    :param unbiased: whether the new cloud has the old one's weighted mean of every function on average, as when
+        particle :math:`i` has :math:`n W_i` offspring, without which evidence estimates are biased; ``False`` also when
+        that is not known.
     :param log_prob: ``(ancestors, log_weights) -> scalar``, the differentiable log probability that score-function
         gradients of resampling need. ``None`` if it has no usable form.
     :param cost: a few words on time and hardware.
-    :param transport: ``(rng_key, log_weights, particles) -> (particles, log_weights)``, for schemes that mix particles
-        (a pytree with leading axis ``N``) rather than index them, and through which gradients flow. Used in place of
-        ``ancestors`` where it is given.
+    :param transport: ``(rng_key, log_weights, particles) -> (particles, log_weights)`` (a pytree with leading axis
+        ``N``; new log weights ``[N]``), for schemes through which gradients flow. Used in place of copying by
+        ``ancestors``; where both are given, ``ancestors`` must tell with the same key whom ``transport`` copied.
+    :param selection: ``log_weights -> float[N]``, the differentiable log probabilities :math:`\log q_i` with which a
+        scheme chooses ancestors, if not the weights; each copy then weighs :math:`W_i / q_i`.
+    :param keep: ``log_weights -> scalar``, the probability of leaving particles and weights as they are, instead of
+        resampling when told to. ``None`` for never.
+    :param differentiable: what gradients of its own flow through: ``"none"``, ``"weights"`` (the new weights) or
+        ``"path"`` (the new particles, as functions of all old ones and their weights). Copied particles always pass on
+        the gradients of their own state, which is not counted here.
     """
 
     name: str
-    ancestors: Ancestors
+    ancestors: Ancestors | None
     conditional: ConditionalAncestors | None = None
     unbiased: bool = False
     log_prob: LogProb | None = None
     cost: str = ""
     transport: Transport | None = None
+    selection: OfWeights | None = None
+    keep: OfWeights | None = None
+    differentiable: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.differentiable not in DIFFERENTIABLE:
+            raise ValueError(
+                f"Scheme '{self.name}': differentiable={self.differentiable!r}. Known: {', '.join(DIFFERENTIABLE)}."
+            )
+        if self.ancestors is None and self.transport is None:
+            raise ValueError(f"Scheme '{self.name}' has neither ancestors nor a transport. Give it one of them.")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether new particles are mixtures of old ones, so that genealogies and discrete states are lost."""
+        return self.ancestors is None
 
 
 _SCHEMES: dict[str, Scheme] = {}
@@ -81,7 +109,7 @@ def resolve(resampler: str | Scheme | Ancestors) -> Scheme:
         return _SCHEMES[resampler]
     if callable(resampler):
         for scheme in _SCHEMES.values():
-            if scheme.ancestors is resampler:
+            if scheme.ancestors is resampler and scheme.transport is None and scheme.keep is None:
                 return scheme
         return Scheme(getattr(resampler, "__name__", type(resampler).__name__), resampler)
     raise TypeError(

@@ -1,0 +1,127 @@
+r"""A guide and its model as the two ends of a path, in unconstrained space.
+
+The state :math:`u` holds the guide's latent sites (auxiliary ones included, point masses not), each mapped to the reals
+by the bijection :math:`z = T(u)` of its support. The ends are the densities
+
+.. math:: \log q_0(u) = \sum_s \log q(z_s) + \log |T'(u)|, \qquad
+   \log f(u) = \log p(x, z) - \sum_{\text{point masses}} \log q + \log |T'(u)|,
+
+so that :math:`f / q_0` is the pair's importance weight, and annealing from one to the other estimates the evidence.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from numpyro.distributions.transforms import biject_to
+from numpyro.primitives import Messenger
+
+from numpyro_smc.programs.density import Densities, Draw, Pair, Params, is_point
+from numpyro_smc.programs.sites import BatchPlates, Site, is_latent, sum_per_problem
+
+State = dict[str, Array]
+
+
+class Ends(NamedTuple):
+    """Log densities of the two ends of the path at one state, each of the shape of the enclosing plates."""
+
+    base: Array
+    target: Array
+
+
+class GuideTarget:
+    """The two ends of the path of one model/guide pair at given parameters.
+
+    :param pair: the programs and their arguments.
+    :param params: parameters of both.
+    :param rng_key: key of whatever else the programs draw (``numpyro.prng_key``), the same for every state.
+    :raises ValueError: naming the site, for discrete latents and for enclosing plates that are not the leftmost
+        dimensions of a latent site.
+    :raises NotImplementedError: for latent sites inside a scan.
+    """
+
+    def __init__(self, pair: Pair, params: Params, rng_key: Array) -> None:
+        self.pair, self.params, self.rng_key = pair, params, rng_key
+        self.plates: BatchPlates = jax.eval_shape(self._densities_of_draw).plates
+
+    def draw(self, rng_key: Array, index: Array) -> State:
+        """A draw from the guide."""
+        trace = self.pair.draw(rng_key, index, self.params).trace
+        moving = {name: site for name, site in trace.items() if _moves(site)}
+        return {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in moving.items()}
+
+    def ends(self, state: State) -> Ends:
+        """Log densities at a state."""
+        densities, log_jacobian = self._densities_at(state)
+        fixed = [value for name, value in densities.log_q.items() if name in state]
+        points = [value for name, value in densities.log_q.items() if name not in state]
+        base = sum(fixed, start=log_jacobian)
+        target = densities.log_likelihood + sum(densities.log_prior.values(), start=log_jacobian)
+        return Ends(base, target - sum(points, start=jnp.zeros_like(base)))
+
+    def values(self, state: State) -> dict[str, Array]:
+        """Values of the guide's latent sites, in their supports."""
+        trace = self.pair.run_guide(self.rng_key, self.params, _AtState(state)).trace
+        return {name: site["value"] for name, site in trace.items() if is_latent(site)}
+
+    def _densities_of_draw(self) -> Densities:
+        draw = self.pair.draw(self.rng_key, jnp.asarray(0), self.params)
+        densities = self.pair.densities(draw, self._model(draw))
+        for name, site in draw.trace.items():
+            if is_latent(site):
+                self._check(name, site, densities.plates)
+        return densities
+
+    def _densities_at(self, state: State) -> tuple[Densities, Array]:
+        at = _AtState(state)
+        draw = self.pair.run_guide(self.rng_key, self.params, at)
+        densities = self.pair.densities(draw, self._model(draw))
+        zeros = jnp.zeros_like(densities.log_likelihood)
+        return densities, sum((sum_per_problem(j, densities.plates) for j in at.log_jacobians), start=zeros)
+
+    def _model(self, draw: Draw) -> dict[str, Site]:
+        return self.pair.run_model(self.rng_key, None, self.params, draw)
+
+    def _check(self, name: str, site: Site, plates: BatchPlates) -> None:
+        user = self.pair.user
+        if site["fn"].support.is_discrete:
+            raise ValueError(
+                f"{user}: site '{name}' is discrete, and annealing moves along gradients. Marginalise it in the model "
+                f"(dist.MixtureSameFamily), or use VIMCO or OVIS."
+            )
+        if site.get("_control_flow_done", False):
+            raise NotImplementedError(
+                f"{user}: site '{name}' is drawn inside a scan of the guide. Propose the whole path as one site, or "
+                f"use FIVO or SIXO."
+            )
+        rank = len(site["fn"].batch_shape)
+        if _moves(site) and plates.dims != tuple(range(-rank, -rank + len(plates.dims))):
+            raise ValueError(
+                f"{user}: plates {list(plates.names)} enclose both programs but are not the leftmost batch dimensions "
+                f"of site '{name}' (batch shape {site['fn'].batch_shape}). Give them the outermost dimensions."
+            )
+
+
+class _AtState(Messenger):
+    """Give moving sites the values of a state, and collect the log Jacobians."""
+
+    def __init__(self, state: State) -> None:
+        super().__init__(None)
+        self.state = state
+        self.log_jacobians: list[Array] = []
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "sample" or msg["is_observed"] or msg["name"] not in self.state:
+            return
+        transform = biject_to(msg["fn"].support)
+        unconstrained = self.state[msg["name"]]
+        msg["value"] = transform(unconstrained)
+        log_jacobian = transform.log_abs_det_jacobian(unconstrained, msg["value"])
+        # What the support does not count as one event, the distribution may.
+        extra = jnp.ndim(log_jacobian) - len(msg["fn"].batch_shape)
+        self.log_jacobians.append(jnp.sum(log_jacobian, axis=tuple(range(-extra, 0))) if extra > 0 else log_jacobian)
+
+
+def _moves(site: Site) -> bool:
+    return is_latent(site) and not is_point(site["fn"])

@@ -1,0 +1,67 @@
+"""One simulation of a model: its data as the programs' arguments, and its latents as a state of the guide."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax, random
+from numpyro import handlers
+from numpyro.distributions import Unit
+from numpyro.distributions.transforms import biject_to
+from numpyro.infer.autoguide import AutoContinuous
+
+from numpyro_smc.programs.density import Draw, Pair, Params, is_point
+from numpyro_smc.programs.guide_target import State
+from numpyro_smc.programs.simulated_arguments import fit_rows, with_simulated
+from numpyro_smc.programs.sites import is_latent
+
+Simulate = Callable[[dict[str, Array]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def simulated(
+    rng_key: Array, pair: Pair, params: Params, simulate: Simulate | None
+) -> tuple[tuple[Any, ...], dict[str, Any], State]:
+    """Simulate latents and data from the model: then the latents are an exact draw from their posterior.
+
+    :param simulate: from the simulated observations by site to the programs' ``(args, kwargs)``; by default they take
+        the place of the first argument.
+    :return: arguments, keyword arguments, and the guide's unconstrained state at the simulated latents.
+    :raises ValueError: naming the site, for factors, and for latents of the guide that the model does not have.
+    """
+    params = lax.stop_gradient(params)
+    model_key, guide_key = random.split(rng_key)
+    run = replace(pair, guide=handlers.uncondition(pair.model)).draw(model_key, jnp.asarray(0), params)
+    seen = {name: site for name, site in run.trace.items() if site.get("infer", {}).get("was_observed")}
+    for name, site in seen.items():
+        if isinstance(site["fn"], Unit):
+            raise ValueError(
+                f"{pair.user}: the model cannot be simulated, because of the factor '{name}'. State it as the density "
+                f"of an observation."
+            )
+    values = {name: site["value"] for name, site in seen.items()}
+    if simulate is None:
+        plates = [site for site in run.trace.values() if site["type"] == "plate"]
+        args, kwargs = with_simulated(values, pair.args, fit_rows(plates, pair.user), pair.user), pair.kwargs
+    else:
+        args, kwargs = simulate(values)
+    latents = Draw({name: site for name, site in run.trace.items() if name not in seen})
+    return args, kwargs, _state(guide_key, replace(pair, args=args, kwargs=kwargs), params, latents)
+
+
+def _state(rng_key: Array, pair: Pair, params: Params, latents: Draw) -> State:
+    guide = pair.guide
+    if isinstance(guide, AutoContinuous):
+        # Its one latent is a vector that holds the unconstrained sites.
+        sites = {name: latents.trace[name] for name in guide._init_locs}
+        values = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in sites.items()}
+        return {f"_{guide.prefix}_latent": guide._unpack_latent.pack_fn(values)}
+    trace = pair.redraw(rng_key, jnp.asarray(0), params, latents).trace
+    moving = {name: site for name, site in trace.items() if is_latent(site) and not is_point(site["fn"])}
+    for name in moving:
+        if name not in latents.trace:
+            raise ValueError(
+                f"{pair.user}: a reverse chain starts at exact draws of the guide's latents, and site '{name}' is not "
+                f"one of the model's. Use the prior (guide=None) or a guide that samples the model's sites directly."
+            )
+    return {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in moving.items()}

@@ -1,0 +1,1 @@
+"""Samplers of static models: tempered sequential Monte Carlo."""

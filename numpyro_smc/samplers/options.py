@@ -1,0 +1,114 @@
+"""What a user may ask of a tempered sampler, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+
+from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.resampling import Scheme, resolve
+from numpyro_smc.samplers import moves as moves_module
+from numpyro_smc.samplers.moves import MOVES, Move
+
+_TUNABLE = ("step_size", "inverse_mass_matrix")
+
+
+def check_options(
+    num_particles: int,
+    num_moves: int | None,
+    target_ess: float,
+    ess_threshold: float,
+    waste_free: int | None,
+    persistent: bool,
+    tune: Collection[str],
+    init_guide: Any,
+) -> None:
+    """:raises ValueError: for options that make no sense, naming them."""
+    check_positive("SMCSampler", num_particles=num_particles)
+    if num_particles < 2:
+        raise ValueError(f"SMCSampler: num_particles must be at least 2, got {num_particles}.")
+    if num_moves is not None:
+        check_positive("SMCSampler", num_moves=num_moves)
+    if not 0.0 < target_ess < 1.0:
+        raise ValueError(
+            f"SMCSampler: target_ess must lie strictly between 0 and 1, got {target_ess}. It is the fraction of "
+            f"num_particles to which the effective sample size may fall at each temperature."
+        )
+    if not 0.0 <= ess_threshold <= 1.0:
+        raise ValueError(f"SMCSampler: ess_threshold must lie in [0, 1], got {ess_threshold}.")
+    if waste_free is not None:
+        check_positive("SMCSampler", waste_free=waste_free)
+        if waste_free < 2 or num_particles % waste_free or num_particles == waste_free:
+            raise ValueError(
+                f"SMCSampler: waste_free={waste_free} must be at least 2 and a proper divisor of "
+                f"num_particles={num_particles}: it is the number of states kept of each chain."
+            )
+        if num_moves is not None:
+            raise ValueError("SMCSampler: waste_free=P moves each chain P - 1 times; leave out num_moves.")
+        if persistent:
+            raise ValueError("SMCSampler: waste_free and persistent are two ways to reuse states; choose one.")
+    unknown = [name for name in ([tune] if isinstance(tune, str) else tune) if name not in _TUNABLE]
+    if unknown or isinstance(tune, str):
+        raise ValueError(f"SMCSampler: tune must be a tuple of names out of {', '.join(_TUNABLE)}; got {tune!r}.")
+    if init_guide is not None and not (
+        isinstance(init_guide, tuple)
+        and len(init_guide) == 2
+        and callable(init_guide[0])
+        and hasattr(init_guide[1], "keys")
+    ):
+        raise ValueError(
+            "SMCSampler: init_guide must be (guide, params): a guide of the model and the values of its param sites, "
+            "such as FitResult.params or svi.get_params(state)."
+        )
+
+
+def chosen_move(moves: str | Callable[..., Any], options: dict[str, Any] | None) -> Move:
+    """The Markov kernel of that name, or made of a function."""
+    if callable(moves):
+        if options:
+            raise ValueError("SMCSampler: moves_kwargs are for moves by name; bind them to the function.")
+        return moves_module.of_function(moves)
+    if moves not in MOVES:
+        raise ValueError(f"SMCSampler: unknown moves={moves!r}. Use {', '.join(map(repr, MOVES))}, or a function.")
+    try:
+        return MOVES[moves](**(options or {}))
+    except TypeError as error:
+        raise ValueError(f"SMCSampler: moves={moves!r} does not take moves_kwargs={options}: {error}") from error
+
+
+def chosen_scheme(resampler: Any, needs_fewer: bool) -> Scheme:
+    """The resampling scheme, which must be unbiased and tell whom it copied.
+
+    :param needs_fewer: whether it will be asked for fewer offspring than there are particles.
+    """
+    scheme = resolve(resampler)
+    plain = scheme.ancestors is not None and getattr(scheme, "transport", None) is None
+    plain = plain and getattr(scheme, "selection", None) is None and getattr(scheme, "keep", None) is None
+    if not plain or not scheme.unbiased:
+        raise ValueError(
+            f"SMCSampler: resampler '{scheme.name}' does not copy particles in proportion to their weights, without "
+            f"which there is no unbiased evidence and no genealogy. Use 'systematic' or 'multinomial'."
+        )
+    if needs_fewer and scheme.name == "killing":
+        raise ValueError("SMCSampler: resampler 'killing' needs as many offspring as particles. Use 'systematic'.")
+    return scheme
+
+
+def chosen_schedule(tempering: Any) -> np.ndarray | None:
+    """The temperatures after 0, or ``None`` if they are chosen on the way."""
+    if isinstance(tempering, str):
+        if tempering == "adaptive":
+            return None
+        raise ValueError(f"SMCSampler: tempering must be 'adaptive' or an array of temperatures, got {tempering!r}.")
+    schedule = np.asarray(tempering, np.float64)
+    if schedule.ndim == 1 and len(schedule) and schedule[0] == 0.0:
+        schedule = schedule[1:]
+    increasing = schedule.ndim == 1 and len(schedule) > 0 and (np.diff(schedule, prepend=0.0) > 0.0).all()
+    if not increasing or schedule[-1] != 1.0:
+        raise ValueError(
+            f"SMCSampler: tempering={np.asarray(tempering)} must be one strictly increasing array of temperatures "
+            f"between 0 and 1 that ends at 1, such as numpy.linspace(0, 1, 21) ** 3."
+        )
+    return schedule

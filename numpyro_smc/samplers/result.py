@@ -1,0 +1,171 @@
+"""What a tempered sampler returns: weighted particles, the evidence, and how it got there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, random
+
+from numpyro_smc.programs.resampling import systematic
+from numpyro_smc.reports.arviz_export import inference_data
+
+_UNCERTAIN = 0.3
+
+
+@dataclass(repr=False)
+class SMCResult:
+    r"""The outcome of :meth:`SMCSampler.run`; arrays over stages have one entry per temperature after the start.
+
+    :ivar samples: latent and deterministic sites in their supports, ``[K, ...]``.
+    :ivar log_weights: their log weights, of mean one, ``[K]``.
+    :ivar log_evidence: :math:`\log \hat p(x)`; not a number if the run was interrupted.
+    :ivar log_evidence_se: its standard error, from the run's genealogy. Above about 0.3 few families are left, and it
+        is itself uncertain; infinite if only one is. Not a number if the run was interrupted.
+    :ivar betas: the temperatures, ``[stages]``; the last is 1 unless the run was interrupted.
+    :ivar ess: effective sample size on arrival at each temperature, before resampling, ``[stages]``.
+    :ivar acceptance: mean acceptance probability of the moves, ``[stages]``.
+    :ivar step_sizes: step size after the moves, in units of the cloud's spread, ``[stages]``.
+    :ivar resampled: whether the stage resampled, ``[stages]``.
+    :ivar log_evidence_increments: they add up to the log evidence, ``[stages]``.
+    :ivar log_likelihoods: mean log likelihood after the moves, ``[stages]``.
+    :ivar num_particles: N. **interrupted** - whether Ctrl-C ended the run; the particles then follow the tempered
+        posterior at ``betas[-1]``.
+    """
+
+    samples: dict[str, Array]
+    log_weights: Array
+    log_evidence: float
+    log_evidence_se: float
+    betas: np.ndarray
+    ess: np.ndarray
+    acceptance: np.ndarray
+    step_sizes: np.ndarray
+    resampled: np.ndarray
+    log_evidence_increments: np.ndarray
+    log_likelihoods: np.ndarray
+    num_particles: int
+    interrupted: bool = False
+
+    def __repr__(self) -> str:
+        head = f"SMCResult: log evidence {self.log_evidence:.4f} ± {self.log_evidence_se:.2g}"
+        if self.log_evidence_se > _UNCERTAIN:
+            head += " (few families of particles are left: use more particles or moves)"
+        if self.interrupted:
+            head = f"SMCResult: interrupted at temperature {self.betas[-1] if len(self.betas) else 0.0:.3g}"
+        lines = [head, f"  {len(self.betas)} temperatures, {self.num_particles} particles"]
+        if len(self.betas):
+            lines.append(
+                f"  effective sample size: lowest {self.ess.min():.0f} at stage {int(self.ess.argmin())}; acceptance: "
+                f"lowest {self.acceptance.min():.2f} at stage {int(self.acceptance.argmin())}"
+            )
+        return "\n".join([*lines, f"  sites: {sorted(self.samples)}"])
+
+    def get_samples(self, num_samples: int | None = None, rng_key: Array | None = None) -> dict[str, Array]:
+        """Equally weighted draws from the posterior, ``[num_samples, ...]`` by site.
+
+        The particles themselves where they weigh the same and all are wanted; otherwise a systematic resample of them.
+
+        :param num_samples: N by default. **rng_key** - of the resampling; ``random.key(0)`` by default.
+        """
+        num_samples = self.num_particles if num_samples is None else num_samples
+        if num_samples < 1:
+            raise ValueError(f"get_samples: num_samples must be positive, got {num_samples}.")
+        if num_samples == len(self.log_weights) and bool(jnp.all(self.log_weights == self.log_weights[0])):
+            return dict(self.samples)
+        key_order, key_ancestors = random.split(random.key(0) if rng_key is None else rng_key)
+        ancestors = systematic(key_ancestors, self.log_weights, num_samples)
+        # Systematic ancestors ascend: shuffled, so that a part of the draws is as good as any other.
+        ancestors = random.permutation(key_order, ancestors)
+        return {name: value[ancestors] for name, value in self.samples.items()}
+
+    def get_weighted_samples(self) -> tuple[dict[str, Array], Array]:
+        """All particles by site, ``[K, ...]``, and their log weights of mean one, ``[K]``."""
+        return dict(self.samples), self.log_weights
+
+    def mean(self, site: str) -> Array:
+        """Posterior mean of a site."""
+        return jnp.tensordot(self._weights, self._site(site), axes=1)
+
+    def quantile(self, site: str, q: Any) -> np.ndarray:
+        """Posterior quantiles of a site, ``[*shape(q), ...]``."""
+        values, weights = np.asarray(self._site(site)), np.asarray(self._weights, np.float64)
+        flat = values.reshape(len(values), -1)
+        order = np.argsort(flat, axis=0)
+        cumulative = np.cumsum(weights[order], axis=0)
+        levels = np.asarray(q, np.float64)
+        rows = (cumulative[None] < levels.reshape(-1, 1, 1) * cumulative[-1]).sum(axis=1)
+        sorted_values = np.take_along_axis(flat, order, axis=0)
+        chosen = np.take_along_axis(sorted_values, np.minimum(rows, len(flat) - 1), axis=0)
+        return chosen.reshape(levels.shape + values.shape[1:])
+
+    def print_summary(self, prob: float = 0.9) -> None:
+        """Print mean, standard deviation, median and central interval of every site, and the evidence.
+
+        :param prob: probability of the interval.
+        """
+        tail = (1.0 - prob) / 2.0
+        header = ["", "mean", "std", "median", f"{100 * tail:.1f}%", f"{100 * (1 - tail):.1f}%"]
+        rows = []
+        for name, values in sorted(self.samples.items()):
+            mean = np.asarray(self.mean(name), np.float64)
+            spread = np.asarray(jnp.tensordot(self._weights, (values - mean) ** 2, axes=1)) ** 0.5
+            low, median, high = self.quantile(name, [tail, 0.5, 1.0 - tail])
+            for index in np.ndindex(mean.shape):
+                label = name + (f"[{','.join(map(str, index))}]" if index else "")
+                rows.append([label, *(f"{a[index]:.2f}" for a in (mean, np.asarray(spread), median, low, high))])
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        print()
+        for row in [header, *rows]:
+            print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+        print(f"\n{self!r}")
+
+    def to_arviz(self, num_samples: int | None = None, rng_key: Array | None = None) -> Any:
+        """Draws of :meth:`get_samples` as ArviZ data.
+
+        Groups: ``posterior`` (one chain) and ``sample_stats`` (``beta``, ``ess``, ``acceptance_rate``, ``step_size``
+        and ``log_evidence_increment`` per stage); log evidence and standard error are attributes.
+        """
+        stats = {
+            "beta": self.betas,
+            "ess": self.ess,
+            "acceptance_rate": self.acceptance,
+            "step_size": self.step_sizes,
+            "log_evidence_increment": self.log_evidence_increments,
+        }
+        attributes = {
+            "log_evidence": self.log_evidence,
+            "log_evidence_se": self.log_evidence_se,
+            "num_particles": self.num_particles,
+        }
+        return inference_data(self.get_samples(num_samples, rng_key), stats, attributes)
+
+    def plot(self, ax: Any = None) -> Any:
+        """Temperature, effective sample size (as a fraction of N) and acceptance over the stages.
+
+        :param ax: Matplotlib axes; new ones by default.
+        :return: the axes.
+        """
+        if ax is None:
+            from matplotlib import pyplot
+
+            _, ax = pyplot.subplots(layout="constrained")
+        stages = np.arange(1, len(self.betas) + 1)
+        curves = {"temperature": self.betas, "ESS / N": self.ess / self.num_particles, "acceptance": self.acceptance}
+        for name, values in curves.items():
+            ax.plot(stages, values, marker=".", label=name)
+        ax.set(xlabel="stage", ylim=(0, None))
+        ax.legend(frameon=False)
+        return ax
+
+    @property
+    def _weights(self) -> Array:
+        weights = jnp.exp(self.log_weights)
+        return weights / jnp.sum(weights)
+
+    def _site(self, site: str) -> Array:
+        if site not in self.samples:
+            raise KeyError(f"No site '{site}' in this result. Known: {', '.join(sorted(self.samples))}.")
+        return self.samples[site]
