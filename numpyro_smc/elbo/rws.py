@@ -1,23 +1,18 @@
 """RWS: reweighted wake-sleep."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array, lax, random
-from numpyro import handlers
-from numpyro.distributions.distribution import Unit
+from jax import Array, random
 
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, ScoreFunctionELBO
 from numpyro_smc.programs.arguments import check_between, check_positive
 from numpyro_smc.programs.density import Densities, Pair, Params, over_particles
-from numpyro_smc.programs.simulated_arguments import fit_rows, with_simulated
+from numpyro_smc.programs.simulated_arguments import Simulate, simulate_pair
 from numpyro_smc.programs.sites import is_latent
-
-Simulate = Callable[[dict[str, Array]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 class RWS(ScoreFunctionELBO):
@@ -124,31 +119,12 @@ class RWS(ScoreFunctionELBO):
     def _asleep(self, pair: Pair, rng_key: Array, index: Array, params: Params) -> Densities:
         """Densities of the guide at one simulation of the model."""
         model_key, guide_key = random.split(rng_key)
-        dream = replace(pair, guide=handlers.uncondition(pair.model)).draw(model_key, index, lax.stop_gradient(params))
-        seen = {name: site for name, site in dream.trace.items() if site.get("infer", {}).get("was_observed")}
-        for name, site in seen.items():
-            if isinstance(site["fn"], Unit):
-                raise ValueError(
-                    f"RWS: the model cannot be simulated, because of the factor '{name}'. State it as the density of "
-                    f"an observation, or use sleep_phi=0."
-                )
-        values = {name: site["value"] for name, site in seen.items()}
-        if self.simulate is not None:
-            args, kwargs = self.simulate(values)
-        else:
-            user = "RWS (sleep_phi)"
-            plates = [site for site in dream.trace.values() if site["type"] == "plate"]
-            args = with_simulated(values, pair.args, fit_rows(plates, user), user, _SIMULATE)
-            kwargs = pair.kwargs
-        latents = dream._replace(trace={name: site for name, site in dream.trace.items() if name not in seen}, keys=())
-        guide = replace(pair, args=args, kwargs=kwargs).redraw(guide_key, index, params, latents)
+        dream = simulate_pair(model_key, index, pair, params, self.simulate, "Or use sleep_phi=0.")
+        guide = replace(pair, args=dream.args, kwargs=dream.kwargs).redraw(guide_key, index, params, dream.latents)
         for name, site in guide.trace.items():
-            if is_latent(site) and name not in latents.trace:
+            if is_latent(site) and name not in dream.latents.trace:
                 raise ValueError(
                     f"RWS: sleep needs the guide's density at simulated latents, but its site '{name}' is not one of "
                     f"the model's. Use a guide that samples the model's sites directly, or sleep_phi=0."
                 )
         return pair.densities(guide, dream.trace, self._is_score)
-
-
-_SIMULATE = "Or pass simulate=, a function from the simulated values to the guide's (args, kwargs)."

@@ -18,7 +18,7 @@ def check_between(user: str, low: float, high: float, remedy: str = "", **number
     :param remedy: what to do, for the message.
     """
     for name, number in numbers.items():
-        is_real = isinstance(number, int | float | np.floating | np.integer) and not isinstance(number, bool)
+        is_real = np.ndim(number) == 0 and np.issubdtype(np.asarray(number).dtype, np.number)
         if not is_real or not low <= number < high:
             raise ValueError(
                 f"{user}: {name} must be a number in [{low:g}, {high:g}), got {number!r}. {remedy}".strip()

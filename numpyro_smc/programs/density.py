@@ -80,7 +80,7 @@ class Densities:
 
 
 class Draw(NamedTuple):
-    """One run of the guide: its trace and the keys that ``numpyro.prng_key`` handed out."""
+    """One run of the guide: its trace and the keys that it was given besides those of its sites, in order."""
 
     trace: Trace
     keys: tuple[Array, ...] = ()
@@ -279,7 +279,7 @@ def log_weights(
 class _Draws(CloudDraws):
     """Draws for one run of a program: sites, scans and keys per particle, plates shared by all.
 
-    :param keys: what ``numpyro.prng_key`` gives, in this order, before new ones.
+    :param keys: what ``numpyro.prng_key`` and scans get, in this order, before new ones.
     """
 
     def __init__(self, rng_key: Array, index: Array | None, plate_key: Array, keys: tuple[Array, ...] = ()) -> None:
@@ -291,15 +291,19 @@ class _Draws(CloudDraws):
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "plate" and msg["value"] is None:
             msg["kwargs"]["rng_key"] = random.fold_in(self.plate_key, zlib.crc32(msg["name"].encode()))
-        elif msg["type"] == "control_flow" and msg["kwargs"]["rng_key"] is None:
-            rng_key = self._next_key()
-            msg["kwargs"]["rng_key"] = rng_key if self.index is None else random.fold_in(rng_key, self.index)
-        elif msg["type"] == "prng_key" and msg["value"] is None and self.keys:
-            msg["value"] = self.keys.pop(0)
+        elif msg["type"] in ("prng_key", "control_flow") and msg["value"] is None and msg["kwargs"]["rng_key"] is None:
+            rng_key = self.keys.pop(0) if self.keys else self._own_key()
+            self.handed_out.append(rng_key)
+            if msg["type"] == "prng_key":
+                msg["value"] = rng_key
+            else:
+                msg["kwargs"]["rng_key"] = rng_key
         else:
             super().process_message(msg)
-        if msg["type"] == "prng_key":
-            self.handed_out.append(msg["value"])
+
+    def _own_key(self) -> Array:
+        rng_key = self._next_key()
+        return rng_key if self.index is None else random.fold_in(rng_key, self.index)
 
 
 class _StopGradient(Messenger):

@@ -112,7 +112,8 @@ class CloudDraws(Messenger):
         return draw(rng_key, fn, self.index, sample_shape)
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "prng_key" and msg["value"] is None:
+        # Inside a scan NumPyro has given each step its own key already.
+        if msg["type"] == "prng_key" and msg["value"] is None and msg["kwargs"].get("rng_key") is None:
             rng_key = self._next_key()
             msg["value"] = rng_key if self.index is None else random.fold_in(rng_key, self.index)
         elif msg["type"] == "plate" and msg["value"] is None:

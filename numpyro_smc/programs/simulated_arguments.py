@@ -1,14 +1,76 @@
-"""Arguments that hand simulated observations to a program in place of the real ones."""
+"""Simulating a model, and handing the simulated observations to programs in place of the real ones."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+from numpyro import handlers
+from numpyro.distributions.distribution import Unit
+from numpyro.primitives import Messenger
 
+from numpyro_smc.programs.density import Draw, Pair, Params, Program, Trace
 from numpyro_smc.programs.sites import Site
 
 Fit = Callable[[Array, Any, str], Array]
+Simulate = Callable[[dict[str, Array]], tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class Simulation(NamedTuple):
+    """One simulation of a model.
+
+    - **trace** - of all its sites, none observed; **latents** - a draw of those that were not observed.
+    - **args**, **kwargs** - arguments that hold the simulated observations.
+    """
+
+    trace: Trace
+    latents: Draw
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def simulate_pair(
+    rng_key: Array, index: Array, pair: Pair, params: Params, simulate: Simulate | None = None, remedy: str = ""
+) -> Simulation:
+    """Simulate the model of a pair at fixed parameters: its latents are then a draw from their posterior.
+
+    :param simulate: from the simulated observations by site to the programs' ``(args, kwargs)``; by default they take
+        the place of the first argument.
+    :param remedy: what else one may do, for error messages.
+    :raises ValueError: naming the site, for factors, and if it is not known where the observations belong.
+    """
+    trace = replace(pair, guide=unconditioned(pair.model)).draw(rng_key, index, lax.stop_gradient(params)).trace
+    seen = {name: site for name, site in trace.items() if site.get("infer", {}).get("was_observed")}
+    for name, site in seen.items():
+        if isinstance(site["fn"], Unit):
+            raise ValueError(
+                f"{pair.user}: the model cannot be simulated, because of the factor '{name}'. State it as the density "
+                f"of an observation. {remedy}".strip()
+            )
+    values = {name: site["value"] for name, site in seen.items()}
+    if simulate is None:
+        plates = [site for site in trace.values() if site["type"] == "plate"]
+        args, kwargs = with_simulated(values, pair.args, fit_rows(plates, pair.user), pair.user, _SIMULATE), pair.kwargs
+    else:
+        args, kwargs = simulate(values)
+    return Simulation(trace, Draw({name: site for name, site in trace.items() if name not in seen}), args, kwargs)
+
+
+def unconditioned(program: Program) -> Program:
+    """``handlers.uncondition``, inside scans too, where a simulated observation may enter the next step."""
+
+    def simulating(*args: Any, **kwargs: Any) -> Any:
+        with _UnconditionBodies():
+            return handlers.uncondition(program)(*args, **kwargs)
+
+    return simulating
+
+
+class _UnconditionBodies(Messenger):
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "control_flow":
+            msg["args"] = tuple(handlers.uncondition(part) if callable(part) else part for part in msg["args"])
 
 
 def with_simulated(
@@ -59,3 +121,6 @@ def fit_rows(plates: list[Site], user: str) -> Fit:
         )
 
     return fit
+
+
+_SIMULATE = "Or pass simulate=, a function from the simulated values to the guide's (args, kwargs)."

@@ -52,10 +52,10 @@ def simulated(
 def _state(rng_key: Array, pair: Pair, params: Params, latents: Draw) -> State:
     guide = pair.guide
     if isinstance(guide, AutoContinuous):
-        # Its one latent is a vector that holds the unconstrained sites.
-        sites = {name: latents.trace[name] for name in guide._init_locs}
-        values = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in sites.items()}
-        return {f"_{guide.prefix}_latent": guide._unpack_latent.pack_fn(values)}
+        # Its one latent is a vector that holds the unconstrained sites one after the other.
+        sites = [latents.trace[name] for name in guide._init_locs]
+        values = [jnp.ravel(biject_to(site["fn"].support).inv(site["value"])) for site in sites]
+        return {f"_{guide.prefix}_latent": jnp.concatenate(values)}
     trace = pair.redraw(rng_key, jnp.asarray(0), params, latents).trace
     moving = {name: site for name, site in trace.items() if is_latent(site) and not is_point(site["fn"])}
     for name in moving:

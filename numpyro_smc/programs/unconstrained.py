@@ -185,7 +185,8 @@ class _Prior:
                 unscaled = unscaled_log_density(site, _WHOLE)
                 base = base + unscaled
                 if drawn and site["scale"] is not None:
-                    # The draws know nothing of handlers.scale: what it adds is tempered with the likelihood.
+                    # The draws know nothing of handlers.scale: what it adds is tempered with the likelihood. The
+                    # Jacobian is never scaled (NumPyro scales it), so that the target is the scaled density itself.
                     likelihood = likelihood + (log_density(site, _WHOLE) - unscaled)
             else:
                 likelihood = likelihood + log_density(site, _WHOLE)
