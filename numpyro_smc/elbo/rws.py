@@ -113,7 +113,8 @@ class RWS(ScoreFunctionELBO):
             return self._asleep(pair, rng_key, index, params)
 
         simulated = over_particles(asleep, rng_key, self.num_sleep, self.batch_size)
-        log_q = sum(jnp.sum(score) for score in simulated.score.values()) / self.num_sleep
+        # With their scale: that of a plate inside the model is not among the enclosing plates'.
+        log_q = sum(jnp.sum(simulated.log_q[name]) for name in simulated.score) / self.num_sleep
         return -self.sleep_phi * log_q * simulated.plates.scale
 
     def _asleep(self, pair: Pair, rng_key: Array, index: Array, params: Params) -> Densities:

@@ -211,8 +211,10 @@ class Pair:
                     else "Sample it in the guide."
                 )
                 raise ValueError(f"{self.user}: the guide never samples site '{name}', which the model samples. {hint}")
-            given, expected = (s["kwargs"].get("sample_shape", ()) + s["fn"].shape() for s in (proposed[name], site))
-            if given != expected:
+            given = jnp.shape(proposed[name]["value"])
+            expected = site["kwargs"].get("sample_shape", ()) + site["fn"].shape()
+            # After a scan, NumPyro leaves distributions that hold distributions without their time axis.
+            if given != expected and not (site.get("_control_flow_done", False) and given[1:] == expected):
                 raise ValueError(
                     f"{self.user}: site '{name}' has shape {expected} in the model but {given} in the guide. Make the "
                     f"two shapes equal (see to_event, expand and the enclosing plates)."
@@ -270,7 +272,9 @@ def log_weights(
     def particle(rng_key: Array, index: Array) -> Densities:
         guide_key, model_key = random.split(rng_key)
         draw = pair.draw(guide_key, index, params)
-        return pair.densities(draw, pair.run_model(model_key, index, params, draw))
+        densities = pair.densities(draw, pair.run_model(model_key, index, params, draw))
+        # Summed here, so that of many particles one number each is kept.
+        return Densities(densities.log_weights(), {}, {}, {}, {}, {}, densities.plates)
 
     cloud = over_particles(particle, rng_key, num_particles, batch_size)
     return cloud.log_weights(), cloud.plates
