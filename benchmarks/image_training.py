@@ -20,10 +20,22 @@ from numpyro.infer import SVI
 from benchmarks import report
 from benchmarks.replicates import Replicates, train
 from models.images import Images, binarise, load_images
-from numpyro_smc import IWELBO, OVIS, RWS, STL, TVO, VIMCO, DReG, Reinforce, StepwiseOptim, log_schedule
+from numpyro_smc import (
+    IWELBO,
+    OVIS,
+    RWS,
+    STL,
+    TVO,
+    VIMCO,
+    DReG,
+    Reinforce,
+    StepwiseOptim,
+    active_units,
+    gradient_statistics,
+    kl_q_p,
+    log_schedule,
+)
 from numpyro_smc.elbo.multi_sample import MultiSampleELBO
-from numpyro_smc.reports.gradient_statistics import gradient_statistics
-from numpyro_smc.reports.posterior_gap import active_units, kl_q_p
 
 Programs = tuple[Callable[..., None], Callable[..., None]]
 

@@ -17,7 +17,7 @@ from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.guide_target import GuideTarget
 from numpyro_smc.programs.resample import Decision, build
-from numpyro_smc.programs.resampling import Scheme
+from numpyro_smc.programs.resampling import Scheme, resolve
 from numpyro_smc.reports.annealing import AnnealingDiagnostics
 
 LEARNABLE = ("betas", "step_size", "mass", "refreshment")
@@ -110,6 +110,11 @@ class DSMCS(ELBO):
             raise ValueError(f"{user}: num_transitions must not be negative, got {num_transitions}.")
         if kernel not in KERNELS:
             raise ValueError(f"{user}: unknown kernel {kernel!r}; there are {sorted(KERNELS)}.")
+        if resample != "never" and not resolve(resampler).unbiased:
+            raise ValueError(
+                f"{user}: the {resolve(resampler).name} scheme is biased, so the loss would not be a bound. Use "
+                f"'systematic', or another scheme that numpyro_smc.resampling marks unbiased."
+            )
         if unknown := set(learn) - set(LEARNABLE):
             raise ValueError(f"{user}: learn names {sorted(unknown)}; the sampler has {list(LEARNABLE)}.")
         if remat not in ("step", "sqrt", None):

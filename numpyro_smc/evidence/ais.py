@@ -68,7 +68,7 @@ class AIS:
     :param guide: where chains start; the prior if ``None``.
     :param num_chains: :math:`C`.
     :param num_temperatures: :math:`K \ge 2`.
-    :param num_leapfrog: leapfrog steps of each transition.
+    :param num_leapfrog: leapfrog steps of each transition; at equal cost, more temperatures mostly beat more steps.
     :param schedule: ``"sigmoid"`` (denser at both ends), ``"linear"``, ``"adaptive"`` (one more pilot run puts the
         temperatures of each element at equal distances of the path) or the :math:`K + 1` temperatures.
     :param num_pilot_chains: chains of the pilot.
@@ -110,11 +110,11 @@ class AIS:
         guide: Program | None = None,
         *,
         num_chains: int = 16,
-        num_temperatures: int = 200,
-        num_leapfrog: int = 10,
+        num_temperatures: int = 400,
+        num_leapfrog: int = 5,
         schedule: str | Sequence[float] = "sigmoid",
         num_pilot_chains: int = 16,
-        target_acceptance: float = 0.65,
+        target_acceptance: float = 0.8,
         batch_size: int | None = None,
         chain_batch_size: int | None = None,
         plates: str | Collection[str] | None = "auto",
@@ -264,7 +264,7 @@ class AIS:
         if np.any(driven):
             warnings.warn(
                 f"AIS: the step sizes of {int(np.sum(driven))} of {np.size(driven)} elements were driven to zero: at "
-                f"some temperature no move is accepted. The densities or their gradients are not smooth, or not finite.",
+                f"some temperature no move is accepted. The densities or their gradients are not smooth or not finite.",
                 stacklevel=find_stack_level(),
             )
 

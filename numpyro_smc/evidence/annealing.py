@@ -16,8 +16,8 @@ from jax import Array, lax, random
 
 from numpyro_smc.programs.guide_target import Ends, GuideTarget, State
 
-JITTER = 0.2  # relative; keeps a trajectory from being a whole period of some coordinate
-SMALLEST_STEP, LARGEST_STEP = 1e-5, 1.0  # in units of the scales
+SHORTEST = 0.05  # of the tuned step, where a transition may draw its own: no trajectory is a whole period for long
+SMALLEST_STEP, LARGEST_STEP = 1e-5, 1.5  # in units of the scales
 _GAIN, _WARMUP_MOVES, _LEAST_PILOT_MOVES, _MEMORY = 0.5, 30, 100, 0.7
 
 
@@ -34,7 +34,7 @@ class Path(NamedTuple):
     """The numbers of an annealing run, per plate element.
 
     - **betas** - ``[K + 1, *plates]``, from 0 to 1 (1 to 0 for the reverse chain).
-    - **step_sizes** - of the moves at the K - 1 inner temperatures, ``[K - 1, *plates]``, in units of
+    - **step_sizes** - largest steps of the moves at the K - 1 inner temperatures, ``[K - 1, *plates]``, in units of
     - **scales** - of the coordinates, by site, ``[K - 1, *plates, ...]``.
     """
 
@@ -110,6 +110,8 @@ def hmc(
 ) -> tuple[Chains, Array]:
     """One Hamiltonian transition of every chain and plate element [1], accepted or rejected per element.
 
+    Each draws its step uniformly below the given one, so that no coordinate's trajectories are all near a whole period.
+
     :return: the new chains and the acceptance probabilities ``[C, *plates]``.
 
     **References**
@@ -118,7 +120,7 @@ def hmc(
     """
     rank = chains.ends.base.ndim
     noise_key, jitter_key, accept_key = random.split(rng_key, 3)
-    jitter = random.uniform(jitter_key, chains.ends.base.shape, minval=1.0 - JITTER, maxval=1.0 + JITTER)
+    jitter = random.uniform(jitter_key, chains.ends.base.shape, minval=SHORTEST)
     step = step_size * jitter
     # In whitened coordinates z = scale * u the mass is one.
     moves = {name: _expand(step, x, rank) * scale[name] for name, x in chains.position.items()}

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
-from numpyro_smc.evidence.ais import AIS, Problem
+from numpyro_smc.evidence.ais import AIS, BothWays, Problem
 from numpyro_smc.evidence.estimate import log_mean_and_error, new_axes
 from numpyro_smc.evidence.nonfinite import as_arrays
 from numpyro_smc.programs.arguments import check_positive
@@ -175,13 +175,31 @@ def bidirectional(
         problem = problem._replace(args=problems[-1][0], kwargs=problems[-1][1])
         chains = ais.both_ways(run_key, problem, drawn.exact)
         assert chains.reverse is not None
-        lower, lower_error, lower_ess = log_mean_and_error(chains.forward.log_weights)
-        negative_upper, upper_error, upper_ess = log_mean_and_error(chains.reverse.log_weights)
-        acceptance = chains.forward.acceptance, chains.reverse.acceptance
-        results.append((lower, -negative_upper, lower_error, upper_error, lower_ess, upper_ess, *acceptance))
-    stacked = [jnp.stack(parts) for parts in zip(*results, strict=True)]
-    settings: Any = (ais.num_chains, ais.num_temperatures, ais.plates_of(problem), problems)
-    return BoundsFromBothSides(*stacked, *settings)
+        results.append(_bounds(chains))
+    bounds: dict[str, Any] = jax.tree.map(lambda *parts: jnp.stack(parts), *results)
+    return BoundsFromBothSides(
+        **bounds,
+        num_chains=ais.num_chains,
+        num_temperatures=ais.num_temperatures,
+        plates=ais.plates_of(problem),
+        problems=problems,
+    )
+
+
+def _bounds(chains: BothWays) -> dict[str, Array]:
+    assert chains.reverse is not None
+    lower, lower_error, lower_ess = log_mean_and_error(chains.forward.log_weights)
+    minus_upper, upper_error, upper_ess = log_mean_and_error(chains.reverse.log_weights)
+    return {
+        "lower": lower,
+        "upper": -minus_upper,
+        "lower_error": lower_error,
+        "upper_error": upper_error,
+        "lower_ess": lower_ess,
+        "upper_ess": upper_ess,
+        "acceptance": chains.forward.acceptance,
+        "reverse_acceptance": chains.reverse.acceptance,
+    }
 
 
 @jax.tree_util.register_dataclass

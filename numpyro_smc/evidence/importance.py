@@ -21,7 +21,7 @@ from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Pair, Params, Program, log_weights
 from numpyro_smc.programs.sites import BatchPlates
 
-_FEWEST, _EQUAL = 25, 1e-3  # weights that give a tail of five; range of log weights that counts as equal
+_FEWEST, _EQUAL = 25, 1e-4  # weights that give a tail of five; log weights this close count as equal
 
 
 def importance(
@@ -103,7 +103,7 @@ def pareto_k(log_weights: Array) -> np.ndarray:
     """Shape of a generalised Pareto distribution fitted to the largest weights [1], by NumPyro.
 
     :param log_weights: ``[S, ...]``.
-    :return: ``[...]``; not a number for fewer than 25 weights, zero where all weights are equal.
+    :return: ``[...]``; not a number for fewer than 25 weights, zero where many draws share the largest weight.
 
     **References**
 
@@ -112,9 +112,12 @@ def pareto_k(log_weights: Array) -> np.ndarray:
     columns = np.asarray(log_weights, np.float64).reshape(len(log_weights), -1)
     shapes = np.full(columns.shape[1], np.nan)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # too few distinct weights in the tail: infinite, and reported as such
+        warnings.simplefilter("ignore")  # too few distinct weights in the tail: infinite
         for i, column in enumerate(columns.T if len(columns) >= _FEWEST else ()):
-            shapes[i] = _psis_khat(column) if np.ptp(column) > _EQUAL else 0.0
+            shapes[i] = _psis_khat(column)
+            # Many draws share the largest weight, as with discrete latents: that is no tail.
+            if np.isinf(shapes[i]) and np.sum(column > np.max(column) - _EQUAL) >= 5:
+                shapes[i] = 0.0
     return shapes.reshape(np.shape(log_weights)[1:])
 
 

@@ -111,7 +111,7 @@ def kl_q_p(
 
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from jax import random
-        >>> from numpyro_smc.reports.posterior_gap import kl_q_p
+        >>> from numpyro_smc import kl_q_p
         >>> def model(x):
         ...     with numpyro.plate("data", len(x)):
         ...         z = numpyro.sample("z", dist.Bernoulli(0.3))
@@ -259,7 +259,7 @@ def active_units(
 
         >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
         >>> from jax import random
-        >>> from numpyro_smc.reports.posterior_gap import active_units
+        >>> from numpyro_smc import active_units
         >>> def model(x):
         ...     with numpyro.plate("data", len(x)):
         ...         z = numpyro.sample("z", dist.Normal(jnp.zeros(3), 1.0).to_event(1))

@@ -1,8 +1,8 @@
 r"""Markov moves of a cloud of particles: BlackJAX kernels, scaled by the cloud, with step sizes from acceptance.
 
 Every kernel moves :math:`y = S^{-1} u`, where :math:`S` holds the cloud's standard deviations (or is the Cholesky
-factor of its covariance). For Hamiltonian kernels this is the inverse mass matrix :math:`S S^\top`; Langevin and random-walk
-proposals get the covariance :math:`\epsilon^2 S S^\top`.
+factor of its covariance). For Hamiltonian kernels this is the inverse mass matrix :math:`S S^\top`; Langevin and
+random-walk proposals get the covariance :math:`\epsilon^2 S S^\top`.
 """
 
 from collections.abc import Callable

@@ -25,7 +25,8 @@ from numpyro_smc.programs.unconstrained import Split, UnconstrainedModel
 from numpyro_smc.programs.weights import normalise
 from numpyro_smc.samplers.moves import Move, Tuning, cloud_scale, move_cloud, over_particles
 
-_BISECTIONS = 64
+_PRECISION = 1e-4
+_MAX_BISECTIONS = 128
 
 
 @dataclass(frozen=True)
@@ -223,13 +224,18 @@ def next_temperature(
     """
     goal = target_ess * jnp.minimum(num_particles, normalise(log_weights_at(temperature))[2])
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bounds
+    def is_coarse(bounds: tuple[Array, Array, Array]) -> Array:
+        low, high, steps = bounds
+        return (high - low > _PRECISION * low) & (steps < _MAX_BISECTIONS)
+
+    def halve(bounds: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        low, high, steps = bounds
         middle = 0.5 * (low + high)
         enough = normalise(log_weights_at(temperature + middle))[2] >= goal
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle), steps + 1
 
-    low, _ = lax.fori_loop(0, _BISECTIONS, halve, (jnp.zeros_like(temperature), 1.0 - temperature))
+    bounds = (jnp.zeros_like(temperature), 1.0 - temperature, jnp.zeros((), jnp.int32))
+    low = lax.while_loop(is_coarse, halve, bounds)[0]
     enough = normalise(log_weights_at(jnp.ones_like(temperature)))[2] >= goal
     return jnp.where(enough, 1.0, temperature + low).astype(temperature.dtype)
 

@@ -7,7 +7,7 @@ nodes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -23,6 +23,9 @@ from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.distributions import constraints
 from numpyro.infer.util import log_density
+
+# These programs run once, for a fraction of a second: compiling is what they cost.
+quickly_compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +87,7 @@ class Program:
             values = self.densities(unravel(flat))
             return values, values
 
-        derivatives, values = jax.jit(jax.jacfwd(densities, has_aux=True))(flat)
+        derivatives, values = quickly_compiled(jax.jacfwd(densities, has_aux=True))(flat)
         return values, derivatives
 
 
@@ -106,7 +109,7 @@ def _over_particles(densities: Densities, num_particles: int) -> tuple[Array, Ar
 def _value_and_gradient(program: Program, function: Callable[[Densities], Array]) -> tuple[float, dict[str, Array]]:
     """A function of the densities and its derivatives in the parameters, by the chain rule."""
     values, derivatives = program.table
-    value, outer = jax.jit(jax.value_and_grad(function))(values)
+    value, outer = quickly_compiled(jax.value_and_grad(function))(values)
     flat = sum(jnp.einsum("ns,nsd->d", o, d) for o, d in zip(outer, derivatives, strict=True))
     return float(value), ravel_pytree(program.params)[1](flat)
 

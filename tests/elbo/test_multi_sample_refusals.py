@@ -17,7 +17,6 @@ from tests.elbo import multi_sample_programs as programs
 
 KEY = random.key(0)
 X = jnp.array([0.4, -0.9, 1.3])
-_QUICKLY = {"xla_backend_optimization_level": 0}  # these programs run once: compiling is what they cost
 
 
 def model(x):
@@ -42,8 +41,7 @@ def trace(loss, model=model, guide=guide, *args, params=None):
 
 
 def evaluate(loss, model):
-    compiled = jax.jit(lambda: loss.loss(KEY, {}, model, guide, X), compiler_options=_QUICKLY)
-    return compiled()
+    return programs.quickly_compiled(lambda: loss.loss(KEY, {}, model, guide, X))()
 
 
 def test_the_programs_of_this_file_are_otherwise_accepted():
@@ -345,7 +343,7 @@ def test_mutable_state_is_refused_for_several_particles_and_kept_for_one():
             jax.eval_shape(svi.update, svi.init(KEY, X), X)
     for loss in (IWELBO(1), DReG(1), RWS(1, sleep_phi=1.0), OVIS(1, num_auxiliary=2)):
         svi = SVI(model, counting_guide, optax.adam(0.1), loss)
-        update = jax.jit(svi.update, compiler_options=_QUICKLY)
+        update = programs.quickly_compiled(svi.update)
         state, _ = update(update(svi.init(KEY, X), X)[0], X)
         # SVI.init runs the guide once; then once per step.
         assert state.mutable_state["counter"]["count"] == 3.0, type(loss).__name__

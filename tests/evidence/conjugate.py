@@ -5,6 +5,10 @@ import numpyro
 import numpyro.distributions as dist
 from jax import random
 
+from numpyro_smc.evidence.ais import AIS
+
+NUM = 400
+SETTINGS = {"num_chains": 16, "num_temperatures": 12, "num_leapfrog": 3}
 LOADINGS = jnp.array([[1.0, 0.5], [0.3, -0.8]])
 PRIOR_SCALE = jnp.array([1.0, 0.5])
 NOISE = 0.6
@@ -30,3 +34,6 @@ def exact(x):
 
 def data(seed, num):
     return dist.MultivariateNormal(jnp.zeros(2), COVARIANCE).sample(random.key(seed), (num,))
+
+
+FROM_PRIOR = AIS(model, **SETTINGS)  # compiled once for all tests

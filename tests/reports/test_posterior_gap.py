@@ -193,7 +193,10 @@ def test_the_threshold_and_the_number_of_draws_decide_what_is_active():
         with numpyro.plate("data", len(x)):
             numpyro.sample("z", dist.Normal(jnp.zeros(400), 1.0).expand([len(x), 400]).to_event(1))
 
-    few, many = (active_units(random.key(1), model, guide, {}, jnp.zeros(30), num_samples=n) for n in (10, 4000))
+    few, many = (
+        active_units(random.key(1), model, guide, {}, jnp.zeros(30), num_samples=n, batch_size=min(n, 500))
+        for n in (10, 4000)  # in eight batches, which must not be of the same draws
+    )
     assert int(few.num_active) == 400 and int(many.num_active) == 0
     assert float(few.variances["z"].mean()) == pytest.approx(1 / 10, rel=0.1)  # Var_q / S, as documented
 
