@@ -219,13 +219,12 @@ class ScoreFunctionELBO(MultiSampleELBO):
 
     def _particle(self, pair: Pair, rng_key: Array, index: Array, params: Params) -> Densities:
         guide_key, model_key = random.split(rng_key)
-        if not self.pathwise:
-            # Drawn with fixed parameters, then evaluated at these values: no path remains, inside a scan neither.
-            draw = pair.draw(guide_key, index, lax.stop_gradient(params))
-            draw = pair.redraw(guide_key, index, params, draw)
-        else:
-            draw = pair.draw(guide_key, index, params, self._is_score)
+        draw = pair.draw(guide_key, index, params, self._is_score)
+        if self.pathwise:
             self._check_names(pair, draw.trace)
+        elif any(site.get("_control_flow_done", False) for site in draw.trace.values()):
+            # Inside a scan a path cannot be cut: drawn with fixed parameters, then evaluated at these values.
+            draw = pair.redraw(guide_key, index, params, pair.draw(guide_key, index, lax.stop_gradient(params)))
         model = pair.run_model(model_key, index, params, draw)
         return pair.densities(draw, model, self._is_score)
 
