@@ -14,6 +14,11 @@ from numpyro_smc.elbo.vimco import VIMCO
 from numpyro_smc.engines.alternation import StepwiseOptim, alternating
 from numpyro_smc.engines.schedules import log_schedule
 from numpyro_smc.engines.training import FitResult, fit
+from numpyro_smc.evidence.ais import AIS
+from numpyro_smc.evidence.bidirectional import BoundsFromBothSides, bidirectional
+from numpyro_smc.evidence.estimate import Evidence
+from numpyro_smc.evidence.importance import importance
+from numpyro_smc.evidence.marginal_likelihood import log_marginal_likelihood
 from numpyro_smc.filtering.evidence import log_evidence
 from numpyro_smc.filtering.filter import ParticleFilter
 from numpyro_smc.filtering.result import FilterResult
@@ -23,10 +28,13 @@ from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.twist import gauss_hermite, twist
 from numpyro_smc.reports.gradient_statistics import GradientStatistics, gradient_statistics
 from numpyro_smc.reports.posterior_gap import ActiveUnits, BoundGap, active_units, kl_q_p
+from numpyro_smc.samplers.result import SMCResult
+from numpyro_smc.samplers.smc_sampler import SMCSampler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AIS",
     "DAIS",
     "DSMCS",
     "FIVO",
@@ -39,23 +47,30 @@ __all__ = [
     "VIMCO",
     "ActiveUnits",
     "BoundGap",
+    "BoundsFromBothSides",
     "DReG",
     "DecayingAverage",
+    "Evidence",
     "FilterResult",
     "FilterState",
     "FitResult",
     "GradientStatistics",
     "ParticleFilter",
     "Reinforce",
+    "SMCResult",
+    "SMCSampler",
     "StepwiseOptim",
     "active_units",
     "alternating",
+    "bidirectional",
     "bootstrap",
     "fit",
     "gauss_hermite",
     "gradient_statistics",
+    "importance",
     "kl_q_p",
     "log_evidence",
+    "log_marginal_likelihood",
     "log_schedule",
     "resampling",
     "twist",

@@ -100,7 +100,8 @@ def anneal(rng_key: Array, target: GuideTarget, chains: Chains, path: Path, num_
 
     keys = random.split(rng_key, len(betas) - 2)
     inner = Path(betas[1:-1], path.step_sizes, path.scales)
-    carry = (chains, jnp.zeros_like(chains.ends.base))
+    zeros = jnp.zeros(chains.ends.base.shape, jnp.result_type(betas, *chains.ends))
+    carry = (chains, zeros)
     (chains, log_weights), acceptance = lax.scan(step, carry, (keys, betas[:-2], inner))
     return Annealed(log_weights + increment(chains.ends, betas[-2], betas[-1]), acceptance)
 
@@ -123,20 +124,19 @@ def hmc(
     jitter = random.uniform(jitter_key, chains.ends.base.shape, minval=SHORTEST)
     step = step_size * jitter
     # In whitened coordinates z = scale * u the mass is one.
-    moves = {name: _expand(step, x, rank) * scale[name] for name, x in chains.position.items()}
+    moves = {name: _expand(step, x, rank).astype(x.dtype) * scale[name] for name, x in chains.position.items()}
     momentum = {
         name: random.normal(random.fold_in(noise_key, i), x.shape, x.dtype)
         for i, (name, x) in enumerate(chains.position.items())
     }
 
     def kick(momentum: State, at: Chains, fraction: float) -> State:
-        return {
-            name: v
-            + fraction
-            * moves[name]
-            * _blend(at.base_gradient[name], at.target_gradient[name], _expand(beta, v[0], rank - 1))
-            for name, v in momentum.items()
-        }
+        kicked = {}
+        for name, v in momentum.items():
+            beta_of_each = _expand(beta, v[0], rank - 1).astype(v.dtype)
+            force = _blend(at.base_gradient[name], at.target_gradient[name], beta_of_each)
+            kicked[name] = v + fraction * moves[name] * force
+        return kicked
 
     def leapfrog(i: Array, carry: tuple[Chains, State]) -> tuple[Chains, State]:
         at, momentum = carry

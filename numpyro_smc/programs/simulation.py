@@ -1,22 +1,17 @@
 """One simulation of a model: its data as the programs' arguments, and its latents as a state of the guide."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax, random
-from numpyro import handlers
-from numpyro.distributions import Unit
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer.autoguide import AutoContinuous
 
 from numpyro_smc.programs.density import Draw, Pair, Params, is_point
 from numpyro_smc.programs.guide_target import State
-from numpyro_smc.programs.simulated_arguments import fit_rows, with_simulated
+from numpyro_smc.programs.simulated_arguments import Simulate, simulate_pair
 from numpyro_smc.programs.sites import is_latent
-
-Simulate = Callable[[dict[str, Array]], tuple[tuple[Any, ...], dict[str, Any]]]
 
 
 def simulated(
@@ -31,21 +26,7 @@ def simulated(
     """
     params = lax.stop_gradient(params)
     model_key, guide_key = random.split(rng_key)
-    run = replace(pair, guide=handlers.uncondition(pair.model)).draw(model_key, jnp.asarray(0), params)
-    seen = {name: site for name, site in run.trace.items() if site.get("infer", {}).get("was_observed")}
-    for name, site in seen.items():
-        if isinstance(site["fn"], Unit):
-            raise ValueError(
-                f"{pair.user}: the model cannot be simulated, because of the factor '{name}'. State it as the density "
-                f"of an observation."
-            )
-    values = {name: site["value"] for name, site in seen.items()}
-    if simulate is None:
-        plates = [site for site in run.trace.values() if site["type"] == "plate"]
-        args, kwargs = with_simulated(values, pair.args, fit_rows(plates, pair.user), pair.user), pair.kwargs
-    else:
-        args, kwargs = simulate(values)
-    latents = Draw({name: site for name, site in run.trace.items() if name not in seen})
+    _, latents, args, kwargs = simulate_pair(model_key, jnp.asarray(0), pair, params, simulate)
     return args, kwargs, _state(guide_key, replace(pair, args=args, kwargs=kwargs), params, latents)
 
 

@@ -234,3 +234,17 @@ def test_densities_that_are_not_finite_are_reported_with_their_site(from_prior, 
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="AIS"):
         AIS(conjugate.model, **options)
+
+
+def test_step_sizes_that_are_driven_to_zero_are_counted_in_a_warning():
+    def without_gradient(x):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        broken = jnp.where(z > -1e9, z, jnp.sqrt(-1.0 - z**2))  # finite, but its gradient is not a number
+        numpyro.sample("x", dist.Normal(broken, 1.0), obs=x)
+
+    ais = AIS(without_gradient, num_chains=64, num_temperatures=4, num_leapfrog=1)
+    with pytest.warns(UserWarning, match="step sizes of 1 of 1 elements were driven to zero"):
+        found = ais.run(random.key(0), 0.5)
+    assert found.verdict.startswith("Not to be trusted") and "accept under" in found.verdict
+    # No chain moves: what is left is importance sampling from the prior.
+    assert abs(found.value - float(dist.Normal(0.0, 2.0**0.5).log_prob(0.5))) < 5 * found.standard_error

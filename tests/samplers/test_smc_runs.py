@@ -175,7 +175,7 @@ def masked():
 
 
 def at_edge():
-    numpyro.sample("tiny", dist.LogNormal(0.0, 1e4))
+    numpyro.sample("tiny", dist.Gamma(1e-4, 1.0))
 
 
 def not_a_number(x):
