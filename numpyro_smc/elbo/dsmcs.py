@@ -178,11 +178,13 @@ class DSMCS(ELBO):
         :param params: constrained values, as :meth:`~numpyro.infer.svi.SVI.get_params` gives them.
         """
         run_key, path = self._path(rng_key, params, model, guide, args, kwargs)
-        keys = random.split(run_key, self.num_mc)
-        runs = jax.vmap(lambda key: run(key, path, self.num_particles, self.resampling))(keys)
-        return AnnealingDiagnostics(
-            runs.log_evidence, runs.steps.ess, runs.steps.resampled, path.schedule, self.num_particles
-        )
+
+        def one(rng_key: Array) -> tuple[Array, Array, Array]:
+            recursion = run(rng_key, path, self.num_particles, self.resampling)
+            return recursion.log_evidence, recursion.steps.ess, recursion.steps.resampled
+
+        runs = jax.vmap(one)(random.split(run_key, self.num_mc))
+        return AnnealingDiagnostics(*runs, path.schedule, self.num_particles)
 
     def sample_posterior(
         self,
