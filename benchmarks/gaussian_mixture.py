@@ -120,7 +120,7 @@ def train(
     def evaluate(params: dict[str, Any], rng_key: Array) -> dict[str, Array]:
         data_key, weight_key = random.split(rng_key)
         x = mixture.simulate(data_key, options.num_eval_data)
-        weights, _ = log_weights(weight_key, mixture.model, guide, params, (x,), {}, num_particles=num_particles)
+        weights = log_weights(weight_key, mixture.model, guide, params, (x,), {}, num_particles=num_particles).values
         return {
             "posterior": mixture.posterior_error(params, x),
             "prior": mixture.prior_error(params),

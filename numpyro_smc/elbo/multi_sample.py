@@ -12,9 +12,9 @@ from numpyro.infer.elbo import ELBO
 from numpyro.util import find_stack_level
 
 from numpyro_smc.engines.schedules import Schedule, value_now
-from numpyro_smc.programs.arguments import check_between, check_positive
+from numpyro_smc.programs.arguments import check_between, check_if_given, check_positive
 from numpyro_smc.programs.density import Densities, Pair, Params, Program, is_point, over_particles
-from numpyro_smc.programs.sites import Site, is_one
+from numpyro_smc.programs.sites import Site, in_control_flow, is_one
 
 
 class Coefficients(NamedTuple):
@@ -89,8 +89,7 @@ class MultiSampleELBO(ELBO):
         check_between(user, 0.0, inf, free_bits=free_bits)
         if plates is not None and (isinstance(plates, str) or not isinstance(plates, Collection)) and plates != "auto":
             raise ValueError(f"{user}: plates must be 'auto', None or a collection of names, got {plates!r}.")
-        if batch_size is not None:
-            check_positive(user, batch_size=batch_size)
+        check_if_given(user, batch_size=batch_size)
         super().__init__(num_particles=int(num_particles))
         self.alpha, self.kl_weight, self.free_bits = alpha, kl_weight, float(free_bits)
         self.num_mc, self.plates, self.batch_size = num_mc, plates, batch_size
@@ -222,7 +221,7 @@ class ScoreFunctionELBO(MultiSampleELBO):
         draw = pair.draw(guide_key, index, params, self._is_score)
         if self.pathwise:
             self._check_names(pair, draw.trace)
-        elif any(site.get("_control_flow_done", False) for site in draw.trace.values()):
+        elif any(in_control_flow(site) for site in draw.trace.values()):
             # Inside a scan a path cannot be cut: drawn with fixed parameters, then evaluated at these values.
             draw = pair.redraw(guide_key, index, params, pair.draw(guide_key, index, lax.stop_gradient(params)))
         model = pair.run_model(model_key, index, params, draw)
@@ -233,7 +232,7 @@ class ScoreFunctionELBO(MultiSampleELBO):
             if name not in guide:
                 raise ValueError(f"{pair.user}: pathwise names site '{name}', which the guide does not have.")
         for name, site in guide.items():
-            if site["type"] != "sample" or site["is_observed"] or not site.get("_control_flow_done", False):
+            if site["type"] != "sample" or site["is_observed"] or not in_control_flow(site):
                 continue
             if self._is_score(site) and site["fn"].has_rsample:
                 raise NotImplementedError(

@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from numpyro.primitives import apply_stack, mutable
+from numpyro.primitives import mutable
 
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, ScoreFunctionELBO
 from numpyro_smc.programs.density import Densities, Pair, Params, Program
+from numpyro_smc.programs.statements import state
 
 
 class DecayingAverage(NamedTuple):
@@ -88,12 +89,11 @@ class Reinforce(ScoreFunctionELBO):
         def guide_with_baseline(*args: Any, **kwargs: Any) -> Any:
             result = guide(*args, **kwargs)
             if isinstance(self.baseline, DecayingAverage):
-                state = mutable(_AVERAGE, {"average": jnp.zeros(()), "total": jnp.zeros(())})
-                value = state["average"] / jnp.where(state["total"] > 0.0, state["total"], 1.0)
+                value = _corrected(mutable(_AVERAGE, {"average": jnp.zeros(()), "total": jnp.zeros(())}))
             else:
                 assert self.baseline is not None
                 value = jnp.asarray(self.baseline(*args, **kwargs))
-            apply_stack({"type": "baseline", "name": _VALUE, "value": value, "cond_indep_stack": []})
+            state("baseline", _VALUE, value)
             return result
 
         return guide if self.baseline is None else guide_with_baseline
@@ -131,14 +131,18 @@ class Reinforce(ScoreFunctionELBO):
         mutable = dict(cloud.mutable)
         if not isinstance(self.baseline, DecayingAverage):
             return super()._new_state(cloud, coefficients)
-        state, decay = jax.tree.map(lambda x: x[0, 0], mutable.pop(_AVERAGE)), self.baseline.decay
-        current = state["average"] / jnp.where(state["total"] > 0.0, state["total"], 1.0)
-        signal = jnp.mean(coefficients.guide) + current
+        past, decay = jax.tree.map(lambda x: x[0, 0], mutable.pop(_AVERAGE)), self.baseline.decay
+        signal = jnp.mean(coefficients.guide) + _corrected(past)
         new = {
-            "average": decay * state["average"] + (1.0 - decay) * signal,
-            "total": decay * state["total"] + (1.0 - decay),
+            "average": decay * past["average"] + (1.0 - decay) * signal,
+            "total": decay * past["total"] + (1.0 - decay),
         }
         return {**super()._new_state(replace(cloud, mutable=mutable), coefficients), _AVERAGE: new}
+
+
+def _corrected(past: dict[str, Array]) -> Array:
+    """The decaying average, corrected for its start at zero."""
+    return past["average"] / jnp.where(past["total"] > 0.0, past["total"], 1.0)
 
 
 _VALUE = "baseline$value"

@@ -21,7 +21,7 @@ from numpyro.infer.svi import SVIState
 from tqdm import tqdm
 
 from numpyro_smc.engines.checkpoint import Progress
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_if_given
 from numpyro_smc.programs.compiled import is_array
 
 __all__ = ["FitResult", "fit"]
@@ -168,7 +168,7 @@ def fit(
         raise ValueError(f"fit: svi must be a numpyro.infer.SVI, got {type(svi).__name__}.")
     if init_state is not None and init_params is not None:
         raise ValueError("fit: init_params would be ignored, because init_state holds parameters; pass one of the two.")
-    _check_positive(num_steps=num_steps, chunk_size=chunk_size)
+    check_if_given("fit", num_steps=num_steps, chunk_size=chunk_size)
     chunk_size = chunk_size or math.ceil(num_steps / 50)
     checkpoint_every = _period("checkpoint", checkpoint, checkpoint_every, num_steps)
     evaluate_every = _period("evaluate", evaluate, evaluate_every, num_steps)
@@ -328,12 +328,8 @@ def _finite_mean(values: np.ndarray) -> float:
     return float(finite.mean()) if len(finite) else math.nan
 
 
-def _check_positive(**numbers: int | None) -> None:
-    check_positive("fit", **{name: number for name, number in numbers.items() if number is not None})
-
-
 def _period(name: str, value: Any, every: int | None, num_steps: int) -> int | None:
     if value is None and every is not None:
         raise ValueError(f"fit: {name}_every={every} has no effect without {name}; pass {name} too.")
-    _check_positive(**{f"{name}_every": every})
+    check_if_given("fit", **{f"{name}_every": every})
     return None if value is None else every or math.ceil(num_steps / 10)

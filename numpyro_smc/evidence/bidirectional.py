@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array, random
 
 from numpyro_smc.evidence.ais import AIS, BothWays, Problem
-from numpyro_smc.evidence.estimate import log_mean_and_error, new_axes
+from numpyro_smc.evidence.estimate import log_mean_and_error
 from numpyro_smc.evidence.nonfinite import as_arrays
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled, is_array
@@ -18,6 +18,8 @@ from numpyro_smc.programs.density import Params
 from numpyro_smc.programs.guide_target import State
 from numpyro_smc.programs.simulation import Simulate, simulated
 from numpyro_smc.programs.sites import BatchPlates
+from numpyro_smc.reports.plots import new_axes
+from numpyro_smc.reports.summaries import mean_and_error
 
 TIGHT = 0.1  # nats per problem
 
@@ -59,9 +61,8 @@ class BoundsFromBothSides:
     @property
     def mean_gap_error(self) -> float:
         """Of the mean over problems; of the chains alone if there is one problem."""
-        gaps = np.asarray(self.gap, np.float64).ravel()
-        if gaps.size > 1:
-            return float(gaps.std(ddof=1) / np.sqrt(gaps.size))
+        if np.size(self.gap) > 1:
+            return mean_and_error(self.gap)[1]
         return float(np.hypot(np.ravel(self.lower_error), np.ravel(self.upper_error))[0])
 
     @property
@@ -80,9 +81,8 @@ class BoundsFromBothSides:
         """Mean over problems of both bounds and the gap, with the spread between problems as standard error."""
         rows = []
         for name in ("lower", "upper", "gap"):
-            values = np.asarray(getattr(self, name), np.float64).ravel()
-            error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
-            rows.append({"quantity": name, "mean": float(values.mean()), "s.e.": float(error)})
+            mean, error = mean_and_error(getattr(self, name))
+            rows.append({"quantity": name, "mean": mean, "s.e.": error})
         return rows
 
     def __repr__(self) -> str:

@@ -12,6 +12,7 @@ from jax import Array
 
 from numpyro_smc.programs.sites import BatchPlates
 from numpyro_smc.programs.weights import leave_one_out, normalise
+from numpyro_smc.reports.plots import new_axes
 
 LARGE_ERROR, SMALL_ESS, LARGE_PARETO_K, LOW_ACCEPTANCE = 0.5, 3.0, 0.7, 0.15
 FEW = 0.02  # share of the elements whose trouble does not condemn the whole
@@ -190,12 +191,6 @@ def smoothed(acceptance: Array) -> np.ndarray:
     width = min(9, len(values))
     sums = np.cumsum(np.concatenate([np.zeros_like(values[:1]), values]), axis=0)
     return (sums[width:] - sums[:-width]) / width
-
-
-def new_axes() -> Any:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(6, 3.5), layout="constrained")[1]
 
 
 def _student_quantile(probability: float, degrees: int) -> float:

@@ -2,26 +2,21 @@
 
 import warnings
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
-from numpyro.infer.importance import _psis_khat
 from numpyro.util import find_stack_level
 
 from numpyro_smc.evidence.estimate import LARGE_PARETO_K, Evidence, log_mean_and_error
 from numpyro_smc.evidence.nonfinite import as_arrays, check_finite
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_if_given, check_positive
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
-from numpyro_smc.programs.density import Pair, Params, Program, log_weights
-from numpyro_smc.programs.sites import BatchPlates
-
-_FEWEST, _EQUAL = 25, 1e-4  # weights that give a tail of five; log weights this close count as equal
+from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, log_weights
+from numpyro_smc.programs.pareto import pareto_k
 
 
 def importance(
@@ -78,16 +73,15 @@ def importance(
     1. *Pareto Smoothed Importance Sampling*, A. Vehtari, D. Simpson, A. Gelman, Y. Yao, J. Gabry (2024)
     """
     check_positive("importance", num_samples=num_samples)
-    if batch_size is not None:
-        check_positive("importance", batch_size=batch_size)
+    check_if_given("importance", batch_size=batch_size)
     params = as_arrays(params)
     chosen = plates if plates is None or isinstance(plates, str) else tuple(plates)
     found = _compiled(model, guide, num_samples, batch_size, chosen)(rng_key, params, args, kwargs)
-    value, error, ess = log_mean_and_error(found.log_weights)
+    value, error, ess = log_mean_and_error(found.values)
     proposal = bootstrap(model) if guide is None else guide
     check_finite(value, Pair(model, proposal, args, kwargs, random.split(rng_key)[0], plates, "importance"), params)
-    k = pareto_k(found.log_weights)
-    mean = jnp.mean(found.log_weights, axis=0)
+    k = pareto_k(found.values)
+    mean = jnp.mean(found.values, axis=0)
     heavy = int(np.sum(k > LARGE_PARETO_K))
     if heavy:
         warnings.warn(
@@ -97,35 +91,6 @@ def importance(
             stacklevel=find_stack_level(),
         )
     return Evidence("importance", num_samples, value, error, ess, found.plates, mean, pareto_k=jnp.asarray(k))
-
-
-def pareto_k(log_weights: Array) -> np.ndarray:
-    """Shape of a generalised Pareto distribution fitted to the largest weights [1], by NumPyro.
-
-    :param log_weights: ``[S, ...]``.
-    :return: ``[...]``; not a number for fewer than 25 weights, zero where many draws share the largest weight.
-
-    **References**
-
-    1. *Pareto Smoothed Importance Sampling*, A. Vehtari, D. Simpson, A. Gelman, Y. Yao, J. Gabry (2024)
-    """
-    columns = np.asarray(log_weights, np.float64).reshape(len(log_weights), -1)
-    shapes = np.full(columns.shape[1], np.nan)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # too few distinct weights in the tail: infinite
-        for i, column in enumerate(columns.T if len(columns) >= _FEWEST else ()):
-            shapes[i] = _psis_khat(column)
-            # Many draws share the largest weight, as with discrete latents: that is no tail.
-            if np.isinf(shapes[i]) and np.sum(column > np.max(column) - _EQUAL) >= 5:
-                shapes[i] = 0.0
-    return shapes.reshape(np.shape(log_weights)[1:])
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class _Weights:
-    log_weights: Array
-    plates: BatchPlates = field(metadata={"static": True})
 
 
 @lru_cache(maxsize=32)
@@ -139,8 +104,8 @@ def _compiled(
     # Kept, so that a second call finds its compiled program.
     proposal = bootstrap(model) if guide is None else guide
 
-    def weigh(rng_key: Array, params: Params, args: Any, kwargs: Any) -> _Weights:
-        found = log_weights(
+    def weigh(rng_key: Array, params: Params, args: Any, kwargs: Any) -> LogWeights:
+        return log_weights(
             rng_key,
             model,
             proposal,
@@ -152,6 +117,5 @@ def _compiled(
             plates=plates,
             user="importance",
         )
-        return _Weights(*found)
 
     return Compiled(weigh)

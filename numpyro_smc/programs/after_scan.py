@@ -16,7 +16,7 @@ from numpyro.primitives import Messenger
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import Half, Overwrite
 from numpyro_smc.programs.scans import Fixed, Scan, Trace, is_scan, run_step
-from numpyro_smc.programs.sites import BatchPlates, is_latent, log_density, plate_indices
+from numpyro_smc.programs.sites import BatchPlates, in_control_flow, is_latent, log_density, plate_indices
 
 
 class AfterScan:
@@ -212,7 +212,7 @@ class _SimulateAfter(Messenger):
         self.passed = False
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "sample" and self.passed and msg["is_observed"] and not msg.get("_control_flow_done", False):
+        if msg["type"] == "sample" and self.passed and msg["is_observed"] and not in_control_flow(msg):
             msg["value"], msg["is_observed"] = None, False
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:

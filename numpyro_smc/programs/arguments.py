@@ -12,6 +12,11 @@ def check_positive(user: str, **numbers: Any) -> None:
             raise ValueError(f"{user}: {name} must be a positive integer, got {number!r}.")
 
 
+def check_if_given(user: str, **numbers: Any) -> None:
+    """:func:`check_positive` for the numbers that are not ``None``."""
+    check_positive(user, **{name: number for name, number in numbers.items() if number is not None})
+
+
 def check_between(user: str, low: float, high: float, remedy: str = "", **numbers: Any) -> None:
     """:raises ValueError: unless each number is in [low, high); the message names user and argument.
 

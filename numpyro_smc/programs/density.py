@@ -22,6 +22,7 @@ from numpyro_smc.programs.plate_choice import choose_plates
 from numpyro_smc.programs.sites import (
     BatchPlates,
     Site,
+    in_control_flow,
     is_latent,
     is_one,
     log_density,
@@ -214,7 +215,7 @@ class Pair:
             given = jnp.shape(proposed[name]["value"])
             expected = site["kwargs"].get("sample_shape", ()) + site["fn"].shape()
             # After a scan, NumPyro leaves distributions that hold distributions without their time axis.
-            if given != expected and not (site.get("_control_flow_done", False) and given[1:] == expected):
+            if given != expected and not (in_control_flow(site) and given[1:] == expected):
                 raise ValueError(
                     f"{self.user}: site '{name}' has shape {expected} in the model but {given} in the guide. Make the "
                     f"two shapes equal (see to_event, expand and the enclosing plates)."
@@ -252,6 +253,15 @@ def over_particles(fn: Callable[[Array, Array], Any], rng_key: Array, num: int, 
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num], stacked)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LogWeights:
+    """Importance log weights, and the plates whose elements have weights of their own."""
+
+    values: Array
+    plates: BatchPlates = field(metadata={"static": True})
+
+
 def log_weights(
     rng_key: Array,
     model: Program,
@@ -264,20 +274,18 @@ def log_weights(
     batch_size: int | None = None,
     plates: str | Collection[str] | None = "auto",
     user: str = "log_weights",
-) -> tuple[Array, BatchPlates]:
-    """Importance log weights of draws from the guide, ``[num_particles, *plates]``, and the plates."""
+) -> LogWeights:
+    """Importance log weights of draws from the guide, ``[num_particles, *plates]``."""
     plate_key, rng_key = random.split(rng_key)
     pair = Pair(model, guide, args, kwargs, plate_key, plates, user, num_particles)
 
-    def particle(rng_key: Array, index: Array) -> Densities:
+    def particle(rng_key: Array, index: Array) -> LogWeights:
         guide_key, model_key = random.split(rng_key)
         draw = pair.draw(guide_key, index, params)
         densities = pair.densities(draw, pair.run_model(model_key, index, params, draw))
-        # Summed here, so that of many particles one number each is kept.
-        return Densities(densities.log_weights(), {}, {}, {}, {}, {}, densities.plates)
+        return LogWeights(densities.log_weights(), densities.plates)
 
-    cloud = over_particles(particle, rng_key, num_particles, batch_size)
-    return cloud.log_weights(), cloud.plates
+    return over_particles(particle, rng_key, num_particles, batch_size)
 
 
 class _Draws(CloudDraws):

@@ -18,7 +18,7 @@ from numpyro.distributions.transforms import biject_to
 from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.density import Densities, Draw, Pair, Params, is_point
-from numpyro_smc.programs.sites import BatchPlates, Site, is_latent, sum_per_problem
+from numpyro_smc.programs.sites import BatchPlates, Site, in_control_flow, is_latent, sum_per_problem
 
 State = dict[str, Array]
 
@@ -90,7 +90,7 @@ class GuideTarget:
                 f"{user}: site '{name}' is discrete, and annealing moves along gradients. Marginalise it in the model "
                 f"(dist.MixtureSameFamily), or use VIMCO or OVIS."
             )
-        if site.get("_control_flow_done", False):
+        if in_control_flow(site):
             raise NotImplementedError(
                 f"{user}: site '{name}' is drawn inside a scan of the guide. Propose the whole path as one site, or "
                 f"use FIVO or SIXO."

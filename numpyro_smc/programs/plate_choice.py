@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 from numpyro.util import find_stack_level
 
-from numpyro_smc.programs.sites import BatchPlates, Site, common_plates, is_latent, is_one
+from numpyro_smc.programs.sites import BatchPlates, Site, common_plates, in_control_flow, is_latent, is_one
 
 _LARGE = 10
 
@@ -96,7 +96,7 @@ def _warn_of_missing_plates(model: list[Site], user: str) -> None:
     for site in model:
         dims = {frame.dim for frame in site["cond_indep_stack"]}
         batch_shape = site["fn"].batch_shape
-        first = 1 if site.get("_control_flow_done", False) else 0
+        first = 1 if in_control_flow(site) else 0
         for axis in range(first, len(batch_shape)):
             dim = axis - len(batch_shape)
             if batch_shape[axis] > _LARGE and dim not in dims:

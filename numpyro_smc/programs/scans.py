@@ -11,6 +11,8 @@ from numpyro import handlers
 from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.primitives import _PYRO_STACK, Messenger
 
+from numpyro_smc.programs.sites import in_control_flow
+
 Trace = dict[str, dict[str, Any]]
 
 _HARMLESS_HANDLERS = (
@@ -115,7 +117,7 @@ def is_scan(msg: dict[str, Any]) -> bool:
 def _check_flow(trace: Trace) -> None:
     """:raises ValueError: for latents inside a ``cond`` or a nested scan: they are drawn where no particle is seen."""
     for name, site in trace.items():
-        if site["type"] == "sample" and not site["is_observed"] and site.get("_control_flow_done", False):
+        if site["type"] == "sample" and not site["is_observed"] and in_control_flow(site):
             raise ValueError(
                 f"Site '{name}' stands inside a cond or a nested scan, where draws are not told apart by particle. "
                 f"Sample '{name}' directly in the step and choose its parameters with jnp.where."

@@ -30,6 +30,11 @@ def is_latent(site: Site) -> bool:
     return site["type"] == "sample" and not site["is_observed"]
 
 
+def in_control_flow(site: Site) -> bool:
+    """Whether a traced site stands inside a scan or a cond."""
+    return site.get("_control_flow_done", False)
+
+
 def is_observed(site: Site) -> bool:
     return site["type"] == "sample" and site["is_observed"]
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.scipy.special import logsumexp
-from numpyro.primitives import _PYRO_STACK, apply_stack
+
+from numpyro_smc.programs.statements import state
 
 
 def twist(name: str, log_r: Array) -> Array:
@@ -42,9 +43,7 @@ def twist(name: str, log_r: Array) -> Array:
 
     1. *SIXO: Smoothing Inference with Twisted Objectives*, D. Lawson, A. Raventos, A. Warrington, S. Linderman (2022)
     """
-    if not _PYRO_STACK:
-        return log_r
-    return apply_stack({"type": "twist", "name": name, "value": jnp.asarray(log_r), "cond_indep_stack": []})["value"]
+    return state("twist", name, jnp.asarray(log_r))
 
 
 def gauss_hermite(log_likelihood: Callable[[Array], Array], loc: Array, scale: Array, degree: int = 5) -> Array:

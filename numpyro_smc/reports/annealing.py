@@ -6,6 +6,8 @@ import numpy as np
 from jax import Array
 
 from numpyro_smc.engines.path import Schedule
+from numpyro_smc.reports.plots import new_axes
+from numpyro_smc.reports.summaries import mean_and_error
 
 
 class AnnealingDiagnostics(NamedTuple):
@@ -26,9 +28,9 @@ class AnnealingDiagnostics(NamedTuple):
     def __repr__(self) -> str:
         per_run = np.asarray(self.log_evidence, np.float64)
         per_run = per_run.reshape(len(per_run), -1).sum(1)
-        error = per_run.std(ddof=1) / np.sqrt(len(per_run)) if len(per_run) > 1 else np.nan
+        mean, error = mean_and_error(per_run)
         return (
-            f"AnnealingDiagnostics of {len(per_run)} runs: mean log evidence {per_run.mean():.5g} \u00b1 {error:.2g}, "
+            f"AnnealingDiagnostics of {len(per_run)} runs: mean log evidence {mean:.5g} \u00b1 {error:.2g}, "
             f"effective sample size {np.mean(self.ess):.3g} of {self.num_particles} (lowest "
             f"{np.min(np.mean(self.ess, axis=0), initial=np.inf):.3g}), resampled before {np.mean(self.resampled):.0%} "
             f"of {self.schedule.step_sizes.size} transitions"
@@ -40,10 +42,7 @@ class AnnealingDiagnostics(NamedTuple):
         :param ax: matplotlib axes; made if not given.
         :return: the axes.
         """
-        import matplotlib.pyplot as plt
-
-        if ax is None:
-            _, ax = plt.subplots(figsize=(6, 3.5), layout="constrained")
+        ax = new_axes() if ax is None else ax
         betas = np.asarray(self.schedule.betas)[1:]
         ess = np.asarray(self.ess).reshape(len(self.ess), len(betas), -1).mean(-1)
         ax.plot(betas, ess.mean(0), marker=".", label="mean effective sample size")

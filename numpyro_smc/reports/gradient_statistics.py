@@ -14,6 +14,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import log_weights
 from numpyro_smc.programs.weights import effective_sample_size
+from numpyro_smc.reports.plots import new_axes
 
 #: Which parameters: a prefix of their names, the names, or a predicate.
 Names = str | Collection[str] | Callable[[str], bool]
@@ -92,10 +93,7 @@ class GradientStatistics:
         :param ax: matplotlib axes; made if not given.
         :return: the axes.
         """
-        import matplotlib.pyplot as plt
-
-        if ax is None:
-            _, ax = plt.subplots(figsize=(6, 1.2 + 0.4 * len(self.snr)), layout="constrained")
+        ax = new_axes(height=1.2 + 0.4 * len(self.snr)) if ax is None else ax
         for i, values in enumerate(self.snr.values()):
             p5, p25, p50, p75, p95 = (_percentile(_flat(values), q) for q in PERCENTILES)
             ax.plot([p5, p95], [i, i], color="C0", lw=1)
@@ -250,10 +248,10 @@ def _compiled(
         options: Any = {"batch_size": getattr(loss, "batch_size", None), "plates": getattr(loss, "plates", "auto")}
 
         def one(rng_key: Array) -> Array:
-            weights, _ = log_weights(
+            weights = log_weights(
                 rng_key, model, guide, params, args, kwargs, num_particles=loss.num_particles, **options
             )
-            return jnp.mean(effective_sample_size(weights))
+            return jnp.mean(effective_sample_size(weights.values))
 
         return jnp.mean(lax.map(one, keys, batch_size=batch_size))
 

@@ -5,6 +5,13 @@ from typing import Any
 import numpy as np
 
 
+def new_axes(width: float = 6.0, height: float = 3.5) -> Any:
+    """Matplotlib axes of a new figure."""
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
+
+
 def plot_filter(bands: Any, data: Any, name: str, probability: float, ax: Any = None) -> Any:
     """Lower, median and upper curve over time, with the data as points.
 
@@ -13,10 +20,7 @@ def plot_filter(bands: Any, data: Any, name: str, probability: float, ax: Any = 
     :param ax: matplotlib axes; made if not given.
     :return: the axes.
     """
-    import matplotlib.pyplot as plt
-
-    if ax is None:
-        _, ax = plt.subplots(figsize=(9, 3.5), layout="constrained")
+    ax = new_axes(9.0) if ax is None else ax
     curves = np.asarray(bands).reshape(3, np.shape(bands)[1], -1)
     times = np.arange(curves.shape[1])
     for i in range(min(curves.shape[2], 8)):

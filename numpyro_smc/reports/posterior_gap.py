@@ -15,6 +15,8 @@ from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Pair, log_weights
 from numpyro_smc.programs.sites import BatchPlates, Site, is_latent
 from numpyro_smc.programs.weights import normalise
+from numpyro_smc.reports.plots import new_axes
+from numpyro_smc.reports.summaries import mean_and_error
 
 Program = Callable[..., Any]
 
@@ -43,11 +45,10 @@ class BoundGap:
         """One row per quantity: mean over elements and its standard error, and the total over the full plates."""
         rows = []
         for name in ("bound", "elbo", "gap", "ess"):
-            values = np.asarray(getattr(self, name), np.float64).ravel()
-            error = values.std(ddof=1) / np.sqrt(values.size) if values.size > 1 else np.nan
-            row: dict[str, Any] = {"quantity": name, "mean": float(values.mean()), "s.e.": float(error)}
+            mean, error = mean_and_error(getattr(self, name))
+            row: dict[str, Any] = {"quantity": name, "mean": mean, "s.e.": error}
             if name != "ess":
-                size = values.size * self.plates.scale
+                size = self.bound.size * self.plates.scale
                 row |= {"total": size * row["mean"], "total s.e.": size * row["s.e."]}
             rows.append(row)
         return rows
@@ -66,7 +67,7 @@ class BoundGap:
         :param ax: matplotlib axes; made if not given.
         :return: the axes.
         """
-        ax = ax or _new_axes()
+        ax = ax or new_axes()
         values = np.ravel(self.gap)
         ax.hist(values, bins="auto", color="C0", alpha=0.6)
         ax.axvline(values.mean(), color="0.2", lw=1, label=f"mean {values.mean():.4g}")
@@ -139,7 +140,7 @@ def kl_q_p(
 def _compiled_gap(model: Program, guide: Program, num_particles: int, batch_size: int | None) -> Compiled:
     # Kept, so that a second call finds its compiled program.
     def gap(rng_key: Array, params: dict[str, Any], args: Any, kwargs: Any) -> BoundGap:
-        weights, plates = log_weights(
+        weights = log_weights(
             rng_key,
             model,
             guide,
@@ -150,8 +151,8 @@ def _compiled_gap(model: Program, guide: Program, num_particles: int, batch_size
             batch_size=batch_size,
             user="kl_q_p",
         )
-        _, bound, ess = normalise(weights)
-        return BoundGap(bound, jnp.mean(weights, axis=0), ess, num_particles, plates)
+        _, bound, ess = normalise(weights.values)
+        return BoundGap(bound, jnp.mean(weights.values, axis=0), ess, num_particles, weights.plates)
 
     return Compiled(gap)
 
@@ -210,7 +211,7 @@ class ActiveUnits:
         :param ax: matplotlib axes; made if not given.
         :return: the axes.
         """
-        ax = ax or _new_axes()
+        ax = ax or new_axes()
         for row in self.table()[: len(self.variances)]:
             values = np.sort(np.ravel(self.variances[row["site"]]))[::-1]
             ax.plot(np.arange(1, values.size + 1), values, label=f"{row['site']}: {row['active']} of {row['units']}")
@@ -324,9 +325,3 @@ def _elements_first(site: Site, plates: BatchPlates) -> Array:
     axes = [rank + dim for dim in plates.dims]
     value = jnp.moveaxis(value, axes, range(len(axes)))
     return value.reshape(-1, *value.shape[len(axes) :])
-
-
-def _new_axes() -> Any:
-    import matplotlib.pyplot as plt
-
-    return plt.subplots(figsize=(6, 3.5), layout="constrained")[1]

@@ -9,7 +9,8 @@ from jax import random
 from scipy import stats
 
 from numpyro_smc.evidence.estimate import Evidence, _student_quantile, log_mean_and_error, smoothed
-from numpyro_smc.evidence.importance import _compiled, importance, pareto_k
+from numpyro_smc.evidence.importance import _compiled, importance
+from numpyro_smc.programs.pareto import pareto_k
 from numpyro_smc.programs.sites import BatchPlates
 from tests.evidence import conjugate
 from tests.statistics_of_estimates import assert_unbiased_evidence
