@@ -1,27 +1,33 @@
 """DSMCS and DAIS: differentiable annealed samplers from a guide to its model, as bounds."""
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro
 from jax import Array, lax, random
-from numpyro.distributions import constraints
 from numpyro.infer.elbo import ELBO
+from numpyro.util import find_stack_level
 
-from numpyro_smc.engines.particles import Recursion, run, score_terms
-from numpyro_smc.engines.path import AnnealedPath, Schedule
+from numpyro_smc.engines import learned_score
+from numpyro_smc.engines.learned_schedule import LEARNABLE, LearnedSchedule
+from numpyro_smc.engines.particles import ParticleState, Recursion, run, score_terms
+from numpyro_smc.engines.path import AnnealedPath
 from numpyro_smc.engines.transitions import KERNELS, Kernel
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.density import Pair, Params, Program
-from numpyro_smc.programs.guide_target import GuideTarget
+from numpyro_smc.programs.guide_target import GuideTarget, State
 from numpyro_smc.programs.resample import Decision, build
-from numpyro_smc.programs.resampling import Scheme, resolve
+from numpyro_smc.programs.resampling import Scheme, bernoulli, gapped_straight_through, resolve
 from numpyro_smc.reports.annealing import AnnealingDiagnostics
 
-LEARNABLE = ("betas", "step_size", "mass", "refreshment")
-PREFIX = "annealing$"
+_PUBLISHED: dict[str, Any] = {
+    "cat": "multinomial",
+    "gst": gapped_straight_through(temperature=0.1, gap=1.0),
+    "bern-cat": bernoulli("multinomial"),
+    "bern-gst": bernoulli(gapped_straight_through(temperature=0.1, gap=1.0)),
+}
 
 
 class DSMCS(ELBO):
@@ -46,7 +52,8 @@ class DSMCS(ELBO):
 
     :param num_particles: :math:`N \ge 1`.
     :param num_transitions: :math:`K \ge 0`; zero gives the importance-weighted bound.
-    :param kernel: ``"uha"`` (momentum, one gradient a transition), ``"uha_kdk"`` (two) or ``"ula"`` (no momentum).
+    :param kernel: ``"uha"`` (momentum, one gradient a transition), ``"uha_kdk"`` (two), ``"ula"`` (no momentum) or
+        ``"mcd"`` (the same with a network in its reversal, which is always learned [4]).
     :param resampler: scheme of resampling; see ``numpyro_smc.resampling``.
     :param resample: ``"ess"``, ``"always"``, ``"never"`` or a function ``(log_weights [N], k) -> bool``.
     :param ess_threshold: with ``"ess"``, the fraction of N at which resampling happens.
@@ -83,6 +90,7 @@ class DSMCS(ELBO):
     1. *Resampling Gradients Vanish in Differentiable Sequential Monte Carlo Samplers*, J. Zenn, R. Bamler (2023)
     2. *MCMC Variational Inference via Uncorrected Hamiltonian Annealing*, T. Geffner, J. Domke (2021)
     3. *Differentiable Annealed Importance Sampling and the Perils of Gradient Noise*, G. Zhang et al. (2021)
+    4. *Score-Based Diffusion meets Annealed Importance Sampling*, A. Doucet et al. (2022)
     """
 
     def __init__(
@@ -106,8 +114,6 @@ class DSMCS(ELBO):
     ) -> None:
         user = type(self).__name__
         check_positive(user, num_particles=num_particles, num_mc=num_mc)
-        if num_transitions < 0:
-            raise ValueError(f"{user}: num_transitions must not be negative, got {num_transitions}.")
         if kernel not in KERNELS:
             raise ValueError(f"{user}: unknown kernel {kernel!r}; there are {sorted(KERNELS)}.")
         if resample != "never" and not resolve(resampler).unbiased:
@@ -115,49 +121,40 @@ class DSMCS(ELBO):
                 f"{user}: the {resolve(resampler).name} scheme is biased, so the loss would not be a bound. Use "
                 f"'systematic', or another scheme that numpyro_smc.resampling marks unbiased."
             )
-        if unknown := set(learn) - set(LEARNABLE):
-            raise ValueError(f"{user}: learn names {sorted(unknown)}; the sampler has {list(LEARNABLE)}.")
         if remat not in ("step", "sqrt", None):
             raise ValueError(f"{user}: remat must be 'step', 'sqrt' or None, got {remat!r}.")
-        step_size = step_size_max / 2.0 if step_size is None else step_size
-        if not 0.0 < step_size < step_size_max:
-            raise ValueError(f"{user}: step_size must be in (0, step_size_max={step_size_max}), got {step_size}.")
-        if not 0.01 < refreshment < 0.99 or not mass > 0.0:
-            raise ValueError(
-                f"{user}: refreshment must be in (0.01, 0.99) and mass positive, got {refreshment} and {mass}."
-            )
         super().__init__(num_particles=int(num_particles))
-        self.num_transitions, self.num_mc, self.plates = int(num_transitions), num_mc, plates
+        self.schedule = LearnedSchedule(user, num_transitions, learn, step_size, step_size_max, mass, refreshment)
+        self.num_mc, self.plates = num_mc, plates
         self.kernel: Kernel = KERNELS[kernel]
-        self.learn = tuple(name for name in LEARNABLE if name in learn)
-        self.step_size, self.step_size_max, self.mass, self.refreshment = step_size, step_size_max, mass, refreshment
         self.resampling = build(resampler, resample, ess_threshold, resampling_gradient)
         self.resampling_gradient = resampling_gradient
         self.remat: bool | str = "sqrt" if remat == "sqrt" else remat == "step"
 
+    @classmethod
+    def published(cls, name: str, num_particles: int, num_transitions: int, **options: Any) -> "DSMCS":
+        """The sampler of the published code [1], for comparisons: it resamples at every step, with biased gradients.
+
+        :param name: ``"cat"`` (multinomial), ``"gst"`` (gapped straight-through), ``"bern-cat"`` or ``"bern-gst"`` (the
+            same by chance; the decision as described, not as coded), as its command line calls them.
+        :param options: other arguments of :class:`DSMCS`.
+        """
+        if name not in _PUBLISHED:
+            raise ValueError(f"DSMCS.published: unknown name {name!r}; there are {sorted(_PUBLISHED)}.")
+        settings = {"resampler": _PUBLISHED[name], "resample": "always", "resampling_gradient": "none"}
+        return cls(num_particles, num_transitions, **settings, **options)
+
     def wrap(self, guide: Program) -> Program:
         """The same guide, which also declares the sampler's parameters to :class:`~numpyro.infer.SVI`."""
 
+        if self._has_score:
+            guide = learned_score.with_score(guide, self.plates, self.schedule.num_transitions)
+
         def annealed_guide(*args: Any, **kwargs: Any) -> Any:
-            for name, (value, constraint) in self._declared().items():
-                numpyro.param(name, value, constraint=constraint)
+            self.schedule.declare()
             return guide(*args, **kwargs)
 
         return annealed_guide
-
-    def schedule(self, params: Params) -> Schedule:
-        """The path's numbers at given parameters."""
-        missing = [name for name in self._declared() if name not in params]
-        if missing:
-            raise ValueError(
-                f"{type(self).__name__}: the sampler's parameters {missing} are not declared. Wrap the guide: "
-                f"SVI(model, loss.wrap(guide), optim, loss)."
-            )
-        values = self._initial() | {name.removeprefix(PREFIX): params[name] for name in self._declared()}
-        zero, one = jnp.zeros(1), jnp.ones(1)
-        inner = jnp.cumsum(jax.nn.softmax(values["betas"]))[:-1]
-        betas = jnp.concatenate([zero, inner, one]) if self.num_transitions else zero
-        return Schedule(betas, values["step_size"], values["mass"], values["refreshment"])
 
     def loss_with_mutable_state(  # type: ignore[override]
         self, rng_key: Array, param_map: Params, model: Program, guide: Program, *args: Any, **kwargs: Any
@@ -176,8 +173,11 @@ class DSMCS(ELBO):
         """What ``num_mc`` runs of the sampler do at given parameters, per transition.
 
         :param params: constrained values, as :meth:`~numpyro.infer.svi.SVI.get_params` gives them.
+        :return: an :class:`~numpyro_smc.reports.annealing.AnnealingDiagnostics`; with a warning that counts them, if
+            step sizes were driven to zero.
         """
         run_key, path = self._path(rng_key, params, model, guide, args, kwargs)
+        self._warn_of_vanished_steps(path.schedule.step_sizes)
 
         def one(rng_key: Array) -> tuple[Array, Array, Array]:
             recursion = run(rng_key, path, self.num_particles, self.resampling)
@@ -213,16 +213,9 @@ class DSMCS(ELBO):
             if method == "initial":
                 return path.target.values(path.target.draw(run_key, jnp.asarray(0)))
             state = run(run_key, path, self.num_particles, self.resampling).state
-            log_weights = state.log_weights if method == "weighted" else jnp.zeros_like(state.log_weights)
-            chosen = random.categorical(choice_key, log_weights, axis=0)
-            position = state.cloud.particles[0].position
-            rank = chosen.ndim
-
-            def pick(leaf: Array) -> Array:
-                index = chosen.reshape(1, *chosen.shape, *(1,) * (leaf.ndim - 1 - rank))
-                return jnp.take_along_axis(leaf, index, axis=0)[0]
-
-            return path.target.values({name: pick(leaf) for name, leaf in position.items()})
+            if method == "final":
+                state = state._replace(log_weights=jnp.zeros_like(state.log_weights))
+            return path.target.values(_choose(choice_key, state))
 
         return lax.map(sample, random.split(run_key, num_samples))
 
@@ -231,7 +224,9 @@ class DSMCS(ELBO):
     ) -> tuple[Array, AnnealedPath]:
         plate_key, program_key, run_key = random.split(rng_key, 3)
         pair = Pair(model, guide, args, kwargs, plate_key, self.plates, type(self).__name__, self.num_particles)
-        return run_key, AnnealedPath(GuideTarget(pair, params, program_key), self.kernel, self.schedule(params))
+        target = GuideTarget(pair, params, program_key)
+        score = learned_score.bind(pair.user, params, target) if self._has_score else None
+        return run_key, AnnealedPath(target, self.kernel, self.schedule.at(params), score)
 
     def _bound(self, recursion: Recursion) -> Array:
         value = recursion.log_evidence
@@ -240,24 +235,31 @@ class DSMCS(ELBO):
             value = value + (surrogate - lax.stop_gradient(surrogate))
         return value
 
-    def _initial(self) -> dict[str, Array]:
-        num = self.num_transitions
-        return {
-            "betas": jnp.zeros(num),
-            "step_size": jnp.full(num, self.step_size),
-            "mass": jnp.asarray(self.mass),
-            "refreshment": jnp.asarray(self.refreshment),
-        }
+    @property
+    def _has_score(self) -> bool:
+        return self.kernel.has_score and self.schedule.num_transitions > 0
 
-    def _declared(self) -> dict[str, tuple[Array, Any]]:
-        support = {
-            "betas": constraints.real,
-            "step_size": constraints.interval(1e-5 * self.step_size_max, self.step_size_max),
-            "mass": constraints.positive,
-            "refreshment": constraints.interval(0.01, 0.99),
-        }
-        initial = self._initial()
-        return {PREFIX + name: (initial[name], support[name]) for name in self.learn if self.num_transitions}
+    def _warn_of_vanished_steps(self, step_sizes: Array) -> None:
+        if isinstance(step_sizes, jax.core.Tracer):
+            return
+        if number := self.schedule.num_vanished(step_sizes):
+            warnings.warn(
+                f"{type(self).__name__}: {number} of {step_sizes.size} step sizes were driven to zero, so those "
+                f"transitions move nothing. Lower step_size_max or the learning rate, take fewer transitions, or leave "
+                f"'step_size' out of `learn`.",
+                stacklevel=find_stack_level(),
+            )
+
+
+def _choose(rng_key: Array, state: ParticleState) -> State:
+    """One particle of each problem, by the weights."""
+    chosen = random.categorical(rng_key, state.log_weights, axis=0)
+
+    def pick(leaf: Array) -> Array:
+        index = chosen.reshape(1, *chosen.shape, *(1,) * (leaf.ndim - 1 - chosen.ndim))
+        return jnp.take_along_axis(leaf, index, axis=0)[0]
+
+    return {name: pick(leaf) for name, leaf in state.cloud.particles[0].position.items()}
 
 
 class DAIS(DSMCS):

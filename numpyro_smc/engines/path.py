@@ -8,13 +8,14 @@ Between the ends :math:`q_0` and :math:`f` stand :math:`\gamma_k = q_0^{1-\beta_
 With resampling this is an SMC sampler; without, annealed importance sampling.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, random
 
-from numpyro_smc.engines.transitions import Kernel, Phase, Settings
+from numpyro_smc.engines.transitions import Drifts, Kernel, Phase, Settings, axpy
 from numpyro_smc.programs.guide_target import Ends, GuideTarget, State
 from numpyro_smc.programs.sequence import Cloud, Move
 
@@ -28,11 +29,15 @@ class Schedule(NamedTuple):
     refreshment: Array
 
 
+#: Added to the drift of the reversal of transition ``k`` at a state.
+Score = Callable[[Array, State], State]
+
+
 class AnnealedPath:
     """Particles that move from the guide to the model; see :class:`~numpyro_smc.engines.particles.FeynmanKac`."""
 
-    def __init__(self, target: GuideTarget, kernel: Kernel, schedule: Schedule) -> None:
-        self.target, self.kernel, self.schedule = target, kernel, schedule
+    def __init__(self, target: GuideTarget, kernel: Kernel, schedule: Schedule, score: Score | None = None) -> None:
+        self.target, self.kernel, self.schedule, self.score = target, kernel, schedule, score
         self.length = schedule.step_sizes.shape[0]
 
     @property
@@ -58,12 +63,11 @@ class AnnealedPath:
         beta_before, beta, step_size = inputs
         settings = Settings(step_size, self.schedule.mass, self.schedule.refreshment)
         noise = self.noise(rng_key, cloud.particles[0].position)
+        drifts = self._drifts(t, beta)
 
         def move(particle: tuple[Phase, Ends], noise: State) -> tuple[tuple[Phase, Ends], Array]:
             phase, ends = particle
-            phase, log_ratio = self.kernel.transition(
-                phase, noise, lambda state: self._gradient(state, beta), settings, self._squared_norm
-            )
+            phase, log_ratio = self.kernel.transition(phase, noise, drifts, settings, self._squared_norm)
             new = self.target.ends(phase.position)
             gain = _bridge(new, beta) - _bridge(ends, beta_before)
             return (phase, new), gain + log_ratio
@@ -79,8 +83,12 @@ class AnnealedPath:
             for i, (name, x) in enumerate(like.items())
         }
 
-    def _gradient(self, state: State, beta: Array) -> State:
-        return jax.grad(lambda state: jnp.sum(_bridge(self.target.ends(state), beta)))(state)
+    def _drifts(self, t: Array, beta: Array) -> Drifts:
+        gradient = jax.grad(lambda state: jnp.sum(_bridge(self.target.ends(state), beta)))
+        if self.score is None:
+            return Drifts(gradient, gradient)
+        score = self.score
+        return Drifts(gradient, lambda state: axpy(1.0, gradient(state), score(t, state)))
 
     def _squared_norm(self, tree: State) -> Array:
         """Sum of squares per problem."""

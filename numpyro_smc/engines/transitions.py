@@ -4,6 +4,13 @@ A transition moves position :math:`z` and momentum :math:`v` by a step :math:`\d
 :math:`g = \nabla\log\gamma` of the bridging density, with noise :math:`\epsilon \sim N(0, I)` given. Its log ratio
 :math:`\log B - \log F` compares the backward with the forward transition. No transition is accepted or rejected, so all
 are differentiable in everything.
+
+**References**
+
+1. *Differentiable Annealed Importance Sampling and the Perils of Gradient Noise*, G. Zhang et al. (2021)
+2. *MCMC Variational Inference via Uncorrected Hamiltonian Annealing*, T. Geffner, J. Domke (2021)
+3. *Monte Carlo Variational Auto-Encoders*, A. Thin et al. (2021)
+4. *Score-Based Diffusion meets Annealed Importance Sampling*, A. Doucet et al. (2022)
 """
 
 from collections.abc import Callable
@@ -33,14 +40,24 @@ class Settings(NamedTuple):
 
 Gradient = Callable[[Tree], Tree]
 SquaredNorm = Callable[[Tree], Array]
-Transition = Callable[[Phase, Tree, Gradient, Settings, SquaredNorm], tuple[Phase, Array]]
+
+
+class Drifts(NamedTuple):
+    """Along what a transition drifts, **forward** and **backward** in reversal; gradients of the bridging density."""
+
+    forward: Gradient
+    backward: Gradient
+
+
+Transition = Callable[[Phase, Tree, Drifts, Settings, SquaredNorm], tuple[Phase, Array]]
 
 
 class Kernel(NamedTuple):
-    """A transition and whether it has a momentum."""
+    """A transition, whether it has a momentum, and whether its reversal has a learned score."""
 
     transition: Transition
     has_momentum: bool
+    has_score: bool = False
 
 
 def axpy(factor: Any, x: Tree, y: Tree) -> Tree:
@@ -60,35 +77,38 @@ def energy_lost(before: Tree, after: Tree, settings: Settings, squared_norm: Squ
 
 
 def drift_kick_drift(
-    phase: Phase, noise: Tree, gradient: Gradient, settings: Settings, squared_norm: SquaredNorm
+    phase: Phase, noise: Tree, drifts: Drifts, settings: Settings, squared_norm: SquaredNorm
 ) -> tuple[Phase, Array]:
     """Refresh, then a leapfrog that evaluates the gradient once, at its middle [1]."""
     momentum = refresh(phase.momentum, noise, settings)
     half = settings.step_size / (2.0 * settings.mass)
     middle = axpy(half, momentum, phase.position)
-    kicked = axpy(settings.step_size, gradient(middle), momentum)
+    kicked = axpy(settings.step_size, drifts.forward(middle), momentum)
     return Phase(axpy(half, kicked, middle), kicked), energy_lost(momentum, kicked, settings, squared_norm)
 
 
 def kick_drift_kick(
-    phase: Phase, noise: Tree, gradient: Gradient, settings: Settings, squared_norm: SquaredNorm
+    phase: Phase, noise: Tree, drifts: Drifts, settings: Settings, squared_norm: SquaredNorm
 ) -> tuple[Phase, Array]:
     """Refresh, then a leapfrog that evaluates the gradient at both ends [2]."""
     momentum = refresh(phase.momentum, noise, settings)
     half = settings.step_size / 2.0
-    kicked = axpy(half, gradient(phase.position), momentum)
+    kicked = axpy(half, drifts.forward(phase.position), momentum)
     position = axpy(settings.step_size / settings.mass, kicked, phase.position)
-    last = axpy(half, gradient(position), kicked)
+    last = axpy(half, drifts.forward(position), kicked)
     return Phase(position, last), energy_lost(momentum, last, settings, squared_norm)
 
 
 def unadjusted_langevin(
-    phase: Phase, noise: Tree, gradient: Gradient, settings: Settings, squared_norm: SquaredNorm
+    phase: Phase, noise: Tree, drifts: Drifts, settings: Settings, squared_norm: SquaredNorm
 ) -> tuple[Phase, Array]:
-    r"""Overdamped Langevin, :math:`z' = z + \delta g(z) + \sqrt{2\delta}\,\epsilon`, its own reversal [3]."""
+    r"""Overdamped Langevin, :math:`z' = z + \delta g(z) + \sqrt{2\delta}\,\epsilon` [3].
+
+    Reversed by a transition along ``drifts.backward``: :math:`g` itself, or :math:`g` and a learned score [4].
+    """
     delta = settings.step_size
-    position = axpy(jnp.sqrt(2.0 * delta), noise, axpy(delta, gradient(phase.position), phase.position))
-    back = axpy(-1.0, axpy(delta, gradient(position), position), phase.position)
+    position = axpy(jnp.sqrt(2.0 * delta), noise, axpy(delta, drifts.forward(phase.position), phase.position))
+    back = axpy(-1.0, axpy(delta, drifts.backward(position), position), phase.position)
     # |z' - m(z)|^2 / (4 delta) is |noise|^2 / 2: the difference of two large numbers is never formed.
     return Phase(position, None), squared_norm(noise) / 2.0 - squared_norm(back) / (4.0 * delta)
 
@@ -97,4 +117,5 @@ KERNELS = {
     "uha": Kernel(drift_kick_drift, has_momentum=True),
     "uha_kdk": Kernel(kick_drift_kick, has_momentum=True),
     "ula": Kernel(unadjusted_langevin, has_momentum=False),
+    "mcd": Kernel(unadjusted_langevin, has_momentum=False, has_score=True),
 }

@@ -48,7 +48,7 @@ class GuideTarget:
     def draw(self, rng_key: Array, index: Array) -> State:
         """A draw from the guide."""
         trace = self.pair.draw(rng_key, index, self.params).trace
-        moving = {name: site for name, site in trace.items() if _moves(site)}
+        moving = {name: site for name, site in trace.items() if moves(site)}
         return {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in moving.items()}
 
     def ends(self, state: State) -> Ends:
@@ -96,7 +96,7 @@ class GuideTarget:
                 f"use FIVO or SIXO."
             )
         rank = len(site["fn"].batch_shape)
-        if _moves(site) and plates.dims != tuple(range(-rank, -rank + len(plates.dims))):
+        if moves(site) and plates.dims != tuple(range(-rank, -rank + len(plates.dims))):
             raise ValueError(
                 f"{user}: plates {list(plates.names)} enclose both programs but are not the leftmost batch dimensions "
                 f"of site '{name}' (batch shape {site['fn'].batch_shape}). Give them the outermost dimensions."
@@ -123,5 +123,6 @@ class _AtState(Messenger):
         self.log_jacobians.append(jnp.sum(log_jacobian, axis=tuple(range(-extra, 0))) if extra > 0 else log_jacobian)
 
 
-def _moves(site: Site) -> bool:
+def moves(site: Site) -> bool:
+    """Whether a site of the guide is part of the state."""
     return is_latent(site) and not is_point(site["fn"])

@@ -28,13 +28,9 @@ def choose_plates(
     """
     sites = model + guide
     _check_scans(sites, scales, user)
-    if plates == "auto":
-        chosen = common_plates(sites, scales)
-    else:
-        names = () if plates is None else tuple(plates)
-        for name in names:
-            _check_encloses(name, model, guide, user)
-        chosen = common_plates(sites, scales, names)
+    for name in () if plates is None or plates == "auto" else plates:
+        _check_encloses(name, model, guide, user)
+    chosen = chosen_plates(sites, scales, plates)
     if num_particles == 1:
         return chosen
     for name, scale in scales.items():
@@ -50,6 +46,11 @@ def choose_plates(
     if plates is not None:
         _warn_of_missing_plates(model, user)
     return chosen
+
+
+def chosen_plates(sites: list[Site], scales: dict[str, float], plates: str | Collection[str] | None) -> BatchPlates:
+    """The plates meant by ``plates`` that enclose all ``sites``."""
+    return common_plates(sites, scales, None if plates == "auto" else tuple(plates or ()))
 
 
 def _check_scans(sites: list[Site], scales: dict[str, float], user: str) -> None:

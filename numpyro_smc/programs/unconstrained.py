@@ -44,7 +44,10 @@ _WHOLE = BatchPlates()
 
 
 class Split(NamedTuple):
-    r"""Log densities at one position: **base** :math:`\log\pi_0(u)` and **likelihood** :math:`\log L(u)`, scalars."""
+    r"""Log densities at one position: **base** :math:`\log\pi_0(u)`, a scalar, and **likelihood** :math:`\log L(u)`.
+
+    The likelihood is a scalar, or has one entry per row of the data.
+    """
 
     base: Array
     likelihood: Array
@@ -78,7 +81,7 @@ class UnconstrainedModel:
         self.rng_key = random.key(0) if rng_key is None else rng_key
         # A copy, because networks with state write their new state into the dict that they are given.
         self.model = handlers.substitute(model, data=dict(params or {}))
-        trace = self._trace(handlers.seed(_FreeOfImproper(self.model), self.rng_key))
+        self._sites = trace = self._trace(handlers.seed(_FreeOfImproper(self.model), self.rng_key))
         self._check(trace, from_prior=guide is None)
         self.start: _Prior | GuideTarget
         if guide is None:
@@ -100,13 +103,44 @@ class UnconstrainedModel:
 
         return jax.vmap(one)(random.split(rng_key, num_particles), jnp.arange(num_particles))
 
-    def split(self, position: Array) -> Split:
-        """Both log densities at one position ``[D]``."""
+    def split(self, position: Array, rows: BatchPlates | None = None) -> Split:
+        """Both log densities at one position ``[D]``.
+
+        :param rows: the :meth:`plate` whose elements' likelihoods are kept apart; from the prior only. What is observed
+            outside it counts with the first.
+        """
         state = self.unravel(position)
         if isinstance(self.start, _Prior):
-            return self.start.split(state)
+            return self.start.split(state, rows)
+        assert rows is None
         ends = self.start.ends(state)
         return Split(ends.base, ends.target - ends.base)
+
+    def plate(self, name: str) -> BatchPlates:
+        """The plate whose elements are the rows of the data.
+
+        :raises ValueError: naming it, if nothing is observed in it; naming the sites, if there are latents in it.
+        """
+        frames = {site["name"]: {f.name: f for f in site["cond_indep_stack"]} for site in self._sample_sites()}
+        inside = [site for site in self._sample_sites() if name in frames[site["name"]]]
+        latents = [f"'{site['name']}'" for site in inside if is_latent(site) and not is_point(site["fn"])]
+        if latents:
+            raise ValueError(
+                f"{self.user}: the latent site{'s' * (len(latents) > 1)} {', '.join(latents)} "
+                f"{'stand' if len(latents) > 1 else 'stands'} in plate '{name}': a new row of the data would bring "
+                f"latents of its own, which the particles do not have. Temper the likelihood instead "
+                f"(tempering='adaptive'), or integrate these latents out."
+            )
+        observed = [site for site in inside if is_observed(site)]
+        if not observed:
+            known = ", ".join(dict.fromkeys(f"'{plate}'" for plates in frames.values() for plate in plates))
+            raise ValueError(
+                f"{self.user}: nothing is observed in a plate '{name}', whose elements were to be the rows of the data "
+                f"(plates of the model: {known or 'none'}). Name the plate around the observations with data_plate, or "
+                f"put them in numpyro.plate('{name}', number of rows)."
+            )
+        frame = frames[observed[0]["name"]][name]
+        return BatchPlates((name,), (frame.dim,), (frame.size,))
 
     def values(self, position: Array) -> Values:
         """Values of latent and deterministic sites at one position, in their supports."""
@@ -128,6 +162,9 @@ class UnconstrainedModel:
             trace = self._trace(self._at_values(self.start.values(state)))
         names = [name for name, site in trace.items() if site["type"] == "sample"]
         return {name: log_density(trace[name], _WHOLE) for name in names if not _is_jacobian(name, trace)}
+
+    def _sample_sites(self) -> list[Site]:
+        return [site for site in self._sites.values() if site["type"] == "sample"]
 
     def _at_values(self, values: Values) -> Program:
         return handlers.substitute(handlers.seed(self.model, self.rng_key), data=values)
@@ -174,9 +211,10 @@ class _Prior:
         at_state = handlers.substitute(owner.model, substitute_fn=partial(_unconstrain_reparam, state))
         return owner._trace(handlers.seed(at_state, owner.rng_key))
 
-    def split(self, state: Values) -> Split:
+    def split(self, state: Values, rows: BatchPlates | None) -> Split:
         trace = self.trace_at(state)
         base, likelihood = jnp.zeros(()), jnp.zeros(())
+        by_row = jnp.zeros(() if rows is None else rows.shape)
         for name, site in trace.items():
             if site["type"] != "sample":
                 continue
@@ -188,9 +226,11 @@ class _Prior:
                     # The draws know nothing of handlers.scale: what it adds is tempered with the likelihood. The
                     # Jacobian is never scaled (NumPyro scales it), so that the target is the scaled density itself.
                     likelihood = likelihood + (log_density(site, _WHOLE) - unscaled)
+            elif rows is not None and any(frame.name in rows.names for frame in site["cond_indep_stack"]):
+                by_row = by_row + log_density(site, rows)
             else:
                 likelihood = likelihood + log_density(site, _WHOLE)
-        return Split(base, likelihood)
+        return Split(base, likelihood if rows is None else by_row.at[0].add(likelihood))
 
 
 class _FreeOfImproper(Messenger):

@@ -27,6 +27,7 @@ class Move(NamedTuple):
     - **step** - ``(rng_key, state, log_density, step_size) -> (state, acceptance probability)``.
     - **target_acceptance** - what the step size is tuned to. **step_size** - where it starts, by the dimension.
     - **num_moves** - how often it is applied at each temperature, if the user does not say.
+    - **jitter** - by which fraction the step size varies between particles and moves.
     """
 
     init: Callable[[Array, LogDensity], Any]
@@ -34,6 +35,7 @@ class Move(NamedTuple):
     target_acceptance: float
     step_size: Callable[[int], float]
     num_moves: int
+    jitter: float = 0.0
 
 
 class _At(NamedTuple):
@@ -45,13 +47,11 @@ def hamiltonian(num_integration_steps: int = 8) -> Move:
     kernel = hmc.build_kernel()
 
     def step(rng_key: Array, state: Any, log_density: LogDensity, step_size: Array) -> tuple[Any, Array]:
-        jitter_key, rng_key = random.split(rng_key)
-        jittered = step_size * random.uniform(jitter_key, (), step_size.dtype, 0.8, 1.2)
         identity = jnp.ones_like(state.position)
-        state, info = kernel(rng_key, state, log_density, jittered, identity, num_integration_steps)
+        state, info = kernel(rng_key, state, log_density, step_size, identity, num_integration_steps)
         return state, info.acceptance_rate
 
-    return Move(hmc.init, step, 0.8, lambda dimension: dimension**-0.25, 5)
+    return Move(hmc.init, step, 0.8, lambda dimension: dimension**-0.25, 5, jitter=0.2)
 
 
 def no_u_turn(max_num_doublings: int = 8) -> Move:
@@ -185,9 +185,15 @@ def move_cloud(
 
     def sweep(carry: tuple[Any, Array], sweep_key: Array) -> tuple[tuple[Any, Array], Any]:
         states, log_step_size = carry
-        step_size = jnp.exp(log_step_size)
+        step_sizes = jnp.broadcast_to(jnp.exp(log_step_size), positions.shape[:1])
+        if move.jitter:
+            jitter_key, sweep_key = random.split(sweep_key)
+            low, high = 1.0 - move.jitter, 1.0 + move.jitter
+            step_sizes *= random.uniform(jitter_key, step_sizes.shape, step_sizes.dtype, low, high)
         keys = random.split(sweep_key, positions.shape[0])
-        states, acceptance = mapped(lambda key, s: move.step(key, s, scaled_log_density, step_size), keys, states)
+        states, acceptance = mapped(
+            lambda key, s, step_size: move.step(key, s, scaled_log_density, step_size), keys, states, step_sizes
+        )
         mean = jnp.mean(jnp.where(jnp.isfinite(acceptance), acceptance, 0.0))
         if tune_step_size:
             log_step_size = log_step_size + gain * (mean - target)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.resampling import Scheme, resolve
+from numpyro_smc.programs.unconstrained import UnconstrainedModel
 from numpyro_smc.samplers import moves as moves_module
 from numpyro_smc.samplers.moves import MOVES, Move
+from numpyro_smc.samplers.paths import Path, Rows, Temperatures
 
 _TUNABLE = ("step_size", "inverse_mass_matrix")
 
@@ -96,12 +99,42 @@ def chosen_scheme(resampler: Any, needs_fewer: bool) -> Scheme:
     return scheme
 
 
-def chosen_schedule(tempering: Any) -> np.ndarray | None:
+def chosen_path(
+    tempering: Any, data_plate: str, row_counts: Any, persistent: bool, init_guide: Any
+) -> tuple[Callable[[UnconstrainedModel], Path], np.ndarray | None]:
+    """The path of a model, and its entries after the start, or ``None`` if they are chosen on the way."""
+    if not (isinstance(tempering, str) and tempering == "data"):
+        if row_counts is not None:
+            raise ValueError("SMCSampler: row_counts are the schedule of tempering='data'; temperatures go there.")
+        return Temperatures, chosen_temperatures(tempering)
+    if persistent:
+        raise ValueError(
+            "SMCSampler: persistent=True reweighs past particles by their temperatures, which tempering='data' does not "
+            "have. Use waste_free to reuse states."
+        )
+    if init_guide is not None:
+        raise ValueError(
+            "SMCSampler: tempering='data' starts from the prior, to which the rows are added; an init_guide already "
+            "knows of them. Use tempering='adaptive' with init_guide."
+        )
+    counts = None if row_counts is None else np.asarray(row_counts)
+    if counts is None:
+        return partial(Rows, plate=data_plate), None
+    whole = counts.ndim == 1 and len(counts) > 0 and np.issubdtype(counts.dtype, np.integer)
+    if not whole or not (np.diff(counts, prepend=0) > 0).all():
+        raise ValueError(
+            f"SMCSampler: row_counts={counts} must be one strictly increasing array of whole numbers, from at least 1 "
+            f"to the number of rows, such as numpy.arange(10, 101, 10) for 100."
+        )
+    return partial(Rows, plate=data_plate, row_counts=tuple(counts.tolist())), counts
+
+
+def chosen_temperatures(tempering: Any) -> np.ndarray | None:
     """The temperatures after 0, or ``None`` if they are chosen on the way."""
     if isinstance(tempering, str):
         if tempering == "adaptive":
             return None
-        raise ValueError(f"SMCSampler: tempering must be 'adaptive' or an array of temperatures, got {tempering!r}.")
+        raise ValueError(f"SMCSampler: tempering must be 'adaptive', 'data' or an array of temperatures, got {tempering!r}.")
     schedule = np.asarray(tempering, np.float64)
     if schedule.ndim == 1 and len(schedule) and schedule[0] == 0.0:
         schedule = schedule[1:]

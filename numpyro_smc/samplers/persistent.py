@@ -19,11 +19,13 @@ import jax.numpy as jnp
 from jax import Array, random
 from jax.nn import logsumexp
 
-from numpyro_smc.programs.unconstrained import Split, UnconstrainedModel
+from numpyro_smc.programs.unconstrained import Split
 from numpyro_smc.programs.weights import normalise
 from numpyro_smc.samplers import tempering
+from numpyro_smc.samplers.genealogy import genealogical_variance, moments
 from numpyro_smc.samplers.moves import Tuning, cloud_scale, move_cloud, over_particles
-from numpyro_smc.samplers.tempering import Settings, StageReport, as_vector, mean_of, next_temperature
+from numpyro_smc.samplers.paths import Path, next_temperature, tempered
+from numpyro_smc.samplers.tempering import Settings, StageReport, as_vector
 
 _FIRST_CAPACITY = 16
 
@@ -57,9 +59,9 @@ class Pool(NamedTuple):
         return self.position.reshape(-1, self.position.shape[-1]), log_weights
 
 
-def start(rng_key: Array, model: UnconstrainedModel, settings: Settings) -> tuple[Pool, Split]:
+def start(rng_key: Array, path: Path, settings: Settings) -> tuple[Pool, Split]:
     """The pool at temperature zero, and the log densities of its particles."""
-    cloud, split = tempering.start(rng_key, model, settings)
+    cloud, split = tempering.start(rng_key, path, settings)
 
     def first(leaf: Array) -> Array:
         return jnp.zeros((_FIRST_CAPACITY, *leaf.shape), leaf.dtype).at[0].set(leaf)
@@ -86,7 +88,7 @@ def grown(pool: Pool) -> Pool:
     return pool._replace(**{name: jnp.concatenate([leaf, jnp.zeros_like(leaf)]) for name, leaf in leaves.items()})
 
 
-def advance(pool: Pool, given_temperature: Array, model: UnconstrainedModel, settings: Settings) -> tuple[Pool, Array]:
+def advance(pool: Pool, scheduled: Array, path: Path, settings: Settings) -> tuple[Pool, Array]:
     """One stage; see :func:`numpyro_smc.samplers.tempering.advance`."""
     resample_key, move_key = random.split(random.fold_in(pool.rng_key, pool.num_stages))
     num_particles, dimension = settings.num_particles, pool.position.shape[-1]
@@ -94,7 +96,7 @@ def advance(pool: Pool, given_temperature: Array, model: UnconstrainedModel, set
     def log_weights_at(temperature: Array) -> Array:
         return _log_weights(pool, temperature)
 
-    temperature = given_temperature
+    temperature = path.at(scheduled)
     if settings.target_ess is not None:
         temperature = next_temperature(log_weights_at, pool.temperature, settings.target_ess, num_particles)
     log_weights, log_mean, ess = normalise(log_weights_at(temperature))
@@ -102,7 +104,7 @@ def advance(pool: Pool, given_temperature: Array, model: UnconstrainedModel, set
     flat = pool.position.reshape(-1, dimension)
     weights = jnp.exp(log_weights) / log_weights.shape[0]
     families = pool.families.reshape(-1)
-    relative_variance = tempering.genealogical_variance(weights, families, num_particles, 1)
+    relative_variance = genealogical_variance(weights, families, num_particles, 1)
 
     scale = jnp.ones_like(flat[0])
     if settings.tune_scale:
@@ -113,14 +115,16 @@ def advance(pool: Pool, given_temperature: Array, model: UnconstrainedModel, set
         move_key,
         settings.move,
         flat[ancestors],
-        lambda u: tempering.tempered_density(model.split(u), temperature),
+        lambda u: path.log_density(u, temperature),
         Tuning(pool.log_step_size, scale),
         settings.num_moves,
         tune_step_size=settings.tune_step_size,
         batch_size=settings.batch_size,
     )
     position = moved.path[0]
-    log_likelihood = over_particles(lambda u: model.split(u).likelihood, position, settings.batch_size)
+    log_likelihood = over_particles(path.kept, position, settings.batch_size)
+    newest, equal = pool.log_likelihood[pool.num_stages], jnp.zeros_like(log_likelihood)
+    before, after = moments(newest, equal), moments(log_likelihood, equal)
     report = StageReport(
         temperature,
         log_evidence - pool.log_evidences[pool.num_stages],
@@ -129,7 +133,11 @@ def advance(pool: Pool, given_temperature: Array, model: UnconstrainedModel, set
         moved.acceptance,
         jnp.exp(moved.log_step_size),
         jnp.ones(()),
-        mean_of(log_likelihood, jnp.zeros_like(log_likelihood)),
+        after.mean,
+        after.variance,
+        before.mean,
+        before.variance,
+        jnp.asarray(jnp.nan),
     )
     row = pool.num_stages + 1
     new = pool._replace(
@@ -144,8 +152,8 @@ def advance(pool: Pool, given_temperature: Array, model: UnconstrainedModel, set
     older = jnp.logaddexp(pool.log_mixture, _component(pool.log_likelihood, temperature, log_evidence))
     past = _component(log_likelihood, new.temperatures[:, None], new.log_evidences[:, None])
     there = jnp.arange(len(past))[:, None] <= row
-    newest = logsumexp(jnp.where(there, past, -jnp.inf), axis=0)
-    return new._replace(log_mixture=older.at[row].set(newest)), as_vector(report)
+    own = logsumexp(jnp.where(there, past, -jnp.inf), axis=0)
+    return new._replace(log_mixture=older.at[row].set(own)), as_vector(report)
 
 
 def _component(log_likelihood: Array, temperature: Array, log_evidence: Array) -> Array:
@@ -158,5 +166,5 @@ def _log_weights(pool: Pool, temperature: Array) -> Array:
     """Log weights of all particles, ``[S N]``, up to the ``num_stages + 1`` in their mean."""
     there = jnp.arange(len(pool.temperatures))[:, None] <= pool.num_stages
     log_proposal = pool.log_mixture - jnp.log(pool.num_stages + 1.0)
-    log_weights = tempering.tempered(temperature, pool.log_likelihood) - log_proposal
+    log_weights = tempered(temperature, pool.log_likelihood) - log_proposal
     return jnp.where(there, log_weights, -jnp.inf).reshape(-1)

@@ -22,7 +22,7 @@ class Progress:
     """Everything a restart needs. Immutable, so that Ctrl-C finds all or nothing of a stage.
 
     :ivar state: the cloud, or the pool of a persistent run.
-    :ivar history: reports of the stages so far, ``[stages, 8]``.
+    :ivar history: reports of the stages so far, ``[stages, fields of StageReport]``.
     """
 
     state: Any

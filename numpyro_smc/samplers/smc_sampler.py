@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Collection
 from typing import Any
@@ -26,7 +25,8 @@ from numpyro_smc.samplers.checks import (
     too_many_stages,
     warn_of_stuck_particles,
 )
-from numpyro_smc.samplers.options import check_options, chosen_move, chosen_schedule, chosen_scheme
+from numpyro_smc.samplers.options import check_options, chosen_move, chosen_path, chosen_scheme
+from numpyro_smc.samplers.paths import Temperatures
 from numpyro_smc.samplers.progress import BAR_FORMAT, Progress, show
 from numpyro_smc.samplers.result import SMCResult
 from numpyro_smc.samplers.tempering import Settings
@@ -56,7 +56,12 @@ class SMCSampler:
     :param num_moves: how often each particle is moved at a temperature. By default 5 for ``"hmc"``, 2 for ``"nuts"``,
         10 for ``"mala"`` and functions, 20 for ``"rwmh"``.
     :param moves_kwargs: ``num_integration_steps`` of ``"hmc"`` (8), ``max_num_doublings`` of ``"nuts"`` (8).
-    :param tempering: ``"adaptive"``, or an increasing array of temperatures that ends at 1.
+    :param tempering: ``"adaptive"``; an increasing array of temperatures that ends at 1; or ``"data"``: the particles
+        go through :math:`p(z \mid y_{1:n})` with :math:`n` growing [6], as far as ``target_ess`` allows, by one row at
+        least. What is observed outside ``data_plate`` enters first. Every evaluation still runs over all rows, and the
+        log likelihoods of all rows are kept: memory O(N (D + rows)).
+    :param data_plate: the plate whose elements are the rows. No latent site may stand in it.
+    :param row_counts: a schedule for ``"data"``: increasing numbers of rows, the last being all.
     :param target_ess: fraction of N, between 0 and 1; larger means more temperatures.
     :param ess_threshold: a schedule's stage, and the last one, resample where the effective sample size is at most this
         fraction of N; all other adaptive stages do.
@@ -102,6 +107,7 @@ class SMCSampler:
     3. *Variance estimation in the particle filter*, A. Lee, N. Whiteley (2018)
     4. *Waste-free sequential Monte Carlo*, H.-D. Dau, N. Chopin (2022)
     5. *Persistent Sampling: Enhancing the Efficiency of Sequential Monte Carlo*, M. Karamanis, U. Seljak (2024)
+    6. *A sequential particle filter method for static models*, N. Chopin (2002)
     """
 
     def __init__(
@@ -113,6 +119,8 @@ class SMCSampler:
         num_moves: int | None = None,
         moves_kwargs: dict[str, Any] | None = None,
         tempering: str | Any = "adaptive",
+        data_plate: str = "data",
+        row_counts: Any = None,
         target_ess: float = 0.5,
         ess_threshold: float = 0.5,
         waste_free: int | None = None,
@@ -133,7 +141,9 @@ class SMCSampler:
         self.num_particles = int(num_particles)
         self.guide: Program | None
         self.guide, self.guide_params = (None, {}) if init_guide is None else init_guide
-        self.schedule = chosen_schedule(tempering)
+        self._path, self.schedule = chosen_path(tempering, data_plate, row_counts, persistent, init_guide)
+        self._by_rows = self._path is not Temperatures
+        self._data_plate = data_plate if self._by_rows else None
         self.persistent = persistent
         self.max_stages = max_stages
         move = chosen_move(moves, moves_kwargs)
@@ -196,6 +206,22 @@ class SMCSampler:
             )
         check_positive("SMCSampler", checkpoint_every=checkpoint_every)
         program = (jax.tree.map(jnp.asarray, {**self.guide_params, **(params or {})}), args, kwargs)
+        progress, interrupted = self._carry(
+            rng_key, program, progress_bar, checkpoint, checkpoint_every, resume=resume
+        )
+        return self._result(progress, program, interrupted)
+
+    def _carry(
+        self,
+        rng_key: Array,
+        program: tuple,
+        progress_bar: bool,
+        checkpoint: str | os.PathLike | None = None,
+        checkpoint_every: int = 1,
+        *,
+        resume: bool = True,
+    ) -> tuple[Progress, bool]:
+        """Carry the particles from the start to the posterior; also whether Ctrl-C ended that."""
         state, split = self._start(rng_key, *program)
         progress = Progress(state, np.zeros((0, len(cloudwise.StageReport._fields)), split.base.dtype))
         saved = None
@@ -218,7 +244,8 @@ class SMCSampler:
             finally:
                 if checkpoint is not None and progress is not saved:
                     progress.save(checkpoint, self._description())
-        return self._result(progress, program, interrupted)
+        warn_of_stuck_particles(progress)
+        return progress, interrupted
 
     def _next(self, progress: Progress, program: tuple) -> Progress:
         """One more stage."""
@@ -228,32 +255,23 @@ class SMCSampler:
         state: Any = progress.state
         if self.persistent and stage + 1 >= len(state.temperatures):
             state = pooling.grown(state)
-        given = np.asarray(1.0 if self.schedule is None else self.schedule[stage], progress.history.dtype)
-        state, report = self._advance(state, given, *program)
+        scheduled = np.asarray(1.0 if self.schedule is None else self.schedule[stage], progress.history.dtype)
+        state, report = self._advance(state, scheduled, *program)
         new = Progress(state, np.concatenate([progress.history, np.asarray(report)[None]]))
         check_advance(progress, new, self.settings.target_ess)
         return new
 
     def _result(self, progress: Progress, program: tuple, interrupted: bool) -> SMCResult:
-        warn_of_stuck_particles(progress)
         values, log_weights = self._finish(progress.state, *program)
         alive = np.flatnonzero(np.asarray(log_weights) > -np.inf) if self.persistent else slice(None)
-        variance = progress.column("relative_variance")[-1] if progress.num_stages else 0.0
-        done = progress.temperature >= 1.0
-        return SMCResult(
-            samples={name: value[alive] for name, value in values.items()},
-            log_weights=_mean_one(log_weights[alive]),
-            log_evidence=progress.log_evidence if done else math.nan,
-            log_evidence_se=_log_scale_error(float(variance)) if done else math.nan,
-            betas=progress.column("temperature"),
-            ess=progress.column("ess"),
-            acceptance=progress.column("acceptance"),
-            step_sizes=progress.column("step_size"),
-            resampled=progress.column("resampled") > 0,
-            log_evidence_increments=progress.column("increment"),
-            log_likelihoods=progress.column("log_likelihood"),
-            num_particles=self.num_particles,
+        return SMCResult.of(
+            progress,
+            {name: value[alive] for name, value in values.items()},
+            log_weights[alive],
+            self.num_particles,
             interrupted=interrupted,
+            num_rows=progress.state.log_likelihood.shape[1] if self._by_rows else None,
+            integrable=not (self._by_rows or self.persistent),
         )
 
     # ---- compiled ------------------------------------------------------------------------------------------------
@@ -262,10 +280,10 @@ class SMCSampler:
         return UnconstrainedModel(self.model, args, kwargs, params, guide=self.guide, user="SMCSampler")
 
     def _start_run(self, rng_key: Array, *program: Any) -> tuple[Any, Split]:
-        return self._engine.start(rng_key, self._read(*program), self.settings)
+        return self._engine.start(rng_key, self._path(self._read(*program)), self.settings)
 
-    def _advance_run(self, state: Any, given_temperature: Array, *program: Any) -> tuple[Any, Array]:
-        return self._engine.advance(state, given_temperature, self._read(*program), self.settings)
+    def _advance_run(self, state: Any, scheduled: Array, *program: Any) -> tuple[Any, Array]:
+        return self._engine.advance(state, scheduled, self._path(self._read(*program)), self.settings)
 
     def _finish_run(self, state: Any, *program: Any) -> tuple[dict[str, Array], Array]:
         position, log_weights = state.positions_and_weights
@@ -299,14 +317,6 @@ class SMCSampler:
             "schedule": None if self.schedule is None else list(map(float, self.schedule)),
             "waste_free": settings.chain_length,
             "persistent": self.persistent,
+            "rows_of": self._data_plate,
         }
         return ", ".join(f"{name}={value}" for name, value in parts.items())
-
-
-def _log_scale_error(relative_variance: float) -> float:
-    """Standard error of a log from the relative variance: its root if small, infinite where nothing is known."""
-    return math.sqrt(-math.log1p(-max(relative_variance, 0.0))) if relative_variance < 1.0 else math.inf
-
-
-def _mean_one(log_weights: Array) -> Array:
-    return log_weights - jax.nn.logsumexp(log_weights) + jnp.log(float(len(log_weights)))

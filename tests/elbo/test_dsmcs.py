@@ -18,6 +18,7 @@ from numpyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 from numpyro_smc import DAIS, DSMCS, IWELBO
 from numpyro_smc.elbo import dsmcs
+from numpyro_smc.engines.learned_schedule import PREFIX
 from numpyro_smc.engines.path import AnnealedPath
 from tests.statistics_of_estimates import assert_mean, assert_unbiased_evidence
 
@@ -97,7 +98,7 @@ def test_recorded_runs_are_reproduced_in_value_and_gradient(name, monkeypatch):
             steps = STEP_SIZE_MAX * jax.nn.sigmoid(jnp.log(share / (1 - share)) + raw_shift)
             params = {"betas": logits, "step_size": steps, "mass": jnp.exp(log_mass)}
             params["refreshment"] = 0.98 * jax.nn.sigmoid(refreshment) + 0.01
-            params = {dsmcs.PREFIX + name: value for name, value in params.items()}
+            params = {PREFIX + name: value for name, value in params.items()}
             return loss.loss(random.key(0), params, target, loss.wrap(base)) / num_replicates
 
         share = ((fixture["eta"] or 0.5) - 0.01) / 0.98
