@@ -18,7 +18,7 @@ from numpyro_smc.programs.weights import effective_sample_size
 
 METHODS = (
     "dais, or GRADIENT-SCHEDULE: none, stop_gradient, score or score_rb (gradient of resampling), and always or ess "
-    "(resampling at half of the particles); none-always is the published code's 'cat'"
+    "(resampling at half of the particles), or published-NAME; none-always is published-cat"
 )
 
 Cell = dict[str, Any]
@@ -28,8 +28,8 @@ Measure = Callable[..., tuple[dict[str, Any], list[dict[str, Any]]]]
 def make_loss(method: str, num_particles: int, num_transitions: int, **options: Any) -> DSMCS:
     """The loss that a name stands for, one of :data:`METHODS`.
 
-    Resampling is systematic with ``stop_gradient``, else multinomial, as published. A score gradient under ``ess`` is
-    biased by what the decisions depend on; here that is measured.
+    By default resampling is systematic with ``stop_gradient``, else multinomial, as published. A score gradient under
+    ``ess`` is biased by what the decisions depend on; here that is measured.
 
     :param options: passed on, for example ``step_size_max``.
     :raises ValueError: for an unknown name.
@@ -37,16 +37,14 @@ def make_loss(method: str, num_particles: int, num_transitions: int, **options: 
     if method == "dais":
         return DAIS(num_particles, num_transitions, **options)
     gradient, _, schedule = method.partition("-")
+    if gradient == "published":
+        return DSMCS.published(schedule, num_particles, num_transitions, **options)
     if schedule not in ("always", "ess"):
         raise ValueError(f"There is no method '{method}'; there are {METHODS}.")
-    return DSMCS(
-        num_particles,
-        num_transitions,
-        resampler="systematic" if gradient == "stop_gradient" else "multinomial",
-        resample=at_half if schedule == "ess" else "always",
-        resampling_gradient=gradient,
-        **options,
-    )
+    resampler = "systematic" if gradient == "stop_gradient" else "multinomial"
+    when = at_half if schedule == "ess" else "always"
+    choices = {"resampler": resampler, "resample": when, "resampling_gradient": gradient}
+    return DSMCS(num_particles, num_transitions, **choices | options)
 
 
 def at_half(log_weights: Array, t: Array) -> Array:
@@ -59,9 +57,8 @@ def evaluate(
 ) -> dict[str, Array]:
     """The bound and the effective sample sizes of ``num_runs`` runs, elements of plates being runs as well.
 
-    :return: scalars: ``"bound"`` with ``"s.e."``; ``"log-mean-exp"`` of the estimates, the log evidence up to noise;
-        ``"ESS k"`` after transition k, ``"ESS"`` their mean over all but the last (those that resampling may follow,
-        as published); ``"resampled"``, how often in a run.
+    :return: scalars: :func:`summary`; ``"ESS k"`` after transition k, and ``"ESS"``, their mean over all but the last
+        (those that resampling may follow, as published); ``"resampled"``, how often in a run.
     """
 
     def one(rng_key: Array) -> tuple[Array, Array, Array]:
@@ -71,15 +68,22 @@ def evaluate(
     runs_at_once = one(rng_key)[0].size
     keys = random.split(rng_key, -(-num_runs // runs_at_once))
     log_evidence, ess, resampled = lax.map(one, keys)
-    size = log_evidence.size
     by_transition = jnp.mean(ess, axis=tuple(axis for axis in range(ess.ndim) if axis != 2))
+    return {
+        **summary(log_evidence),
+        "ESS": jnp.mean(by_transition[:-1]),
+        "resampled": jnp.sum(resampled) / log_evidence.size,
+        **{f"ESS {k}": value for k, value in enumerate(by_transition, 1)},
+    }
+
+
+def summary(log_evidence: Array) -> dict[str, Array]:
+    """Of independent estimates: the bound, its standard error, and the log of their mean, the evidence up to noise."""
+    size = log_evidence.size
     return {
         "bound": jnp.mean(log_evidence),
         "s.e.": jnp.std(log_evidence, ddof=1) / jnp.sqrt(size),
         "log-mean-exp": logsumexp(log_evidence) - jnp.log(size),
-        "ESS": jnp.mean(by_transition[:-1]),
-        "resampled": jnp.sum(resampled) / size,
-        **{f"ESS {k}": value for k, value in enumerate(by_transition, 1)},
     }
 
 
@@ -122,7 +126,7 @@ def fill_table(
             row, points = measure(**cell)
             curves += [cell | point for point in points]
         except Exception as error:
-            row = {"error": f"{type(error).__name__}: {error}"}
+            row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
         rows.append(cell | row)
         print(f"{' '.join(map(str, cell.values()))}: {time.perf_counter() - started:.0f} s", flush=True)
         report.write(folder, name, rows, settings)

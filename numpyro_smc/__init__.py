@@ -1,7 +1,8 @@
 """Sequential Monte Carlo and modern variational inference on ordinary NumPyro programs."""
 
+from numpyro_smc.elbo.dais import DAIS
 from numpyro_smc.elbo.dreg import DReG
-from numpyro_smc.elbo.dsmcs import DAIS, DSMCS
+from numpyro_smc.elbo.dsmcs import DSMCS
 from numpyro_smc.elbo.fivo import FIVO
 from numpyro_smc.elbo.iwelbo import IWELBO
 from numpyro_smc.elbo.ovis import OVIS
@@ -23,6 +24,7 @@ from numpyro_smc.filtering.evidence import log_evidence
 from numpyro_smc.filtering.filter import ParticleFilter
 from numpyro_smc.filtering.result import FilterResult
 from numpyro_smc.filtering.streaming import FilterState
+from numpyro_smc.guides.auto_dsmcs import AutoDSMCS
 from numpyro_smc.programs import resampling
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.twist import gauss_hermite, twist
@@ -46,6 +48,7 @@ __all__ = [
     "TVO",
     "VIMCO",
     "ActiveUnits",
+    "AutoDSMCS",
     "BoundGap",
     "BoundsFromBothSides",
     "DReG",

@@ -1,4 +1,4 @@
-"""DSMCS and DAIS: differentiable annealed samplers from a guide to its model, as bounds."""
+"""DSMCS: a differentiable annealed sampler from a guide to its model, as a bound."""
 
 import warnings
 from collections.abc import Collection
@@ -10,14 +10,15 @@ from jax import Array, lax, random
 from numpyro.infer.elbo import ELBO
 from numpyro.util import find_stack_level
 
+from numpyro_smc.elbo.annealed_runs import METHODS, compiled_draws, compiled_runs
 from numpyro_smc.engines import learned_score
 from numpyro_smc.engines.learned_schedule import LEARNABLE, LearnedSchedule
-from numpyro_smc.engines.particles import ParticleState, Recursion, run, score_terms
+from numpyro_smc.engines.particles import Recursion, run, score_terms
 from numpyro_smc.engines.path import AnnealedPath
 from numpyro_smc.engines.transitions import KERNELS, Kernel
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.density import Pair, Params, Program
-from numpyro_smc.programs.guide_target import GuideTarget, State
+from numpyro_smc.programs.guide_target import GuideTarget
 from numpyro_smc.programs.resample import Decision, build
 from numpyro_smc.programs.resampling import Scheme, bernoulli, gapped_straight_through, resolve
 from numpyro_smc.reports.annealing import AnnealingDiagnostics
@@ -43,10 +44,11 @@ class DSMCS(ELBO):
     own parameters (``learn``) are declared by :meth:`wrap`, which the guide must pass through: ``SVI`` trains them
     together with guide and model. Plates that enclose every site of both are independent problems.
 
-    Value: unbiased for :math:`L`. Gradient: pathwise through all transitions. Without resampling (:class:`DAIS`)
-    unbiased for :math:`L`. With it, ``resampling_gradient="stop_gradient"`` follows :math:`\nabla\log p(x)` up to
-    O(1/N): the recommended choice; ``"score_rb"`` with a fixed schedule is unbiased and noisy; ``"none"`` drops a term
-    and is biased enough to destroy learned betas (the published code's choice, for comparison only).
+    Value: unbiased for :math:`L`. Gradient: pathwise through all transitions. Without resampling
+    (:class:`~numpyro_smc.DAIS`) unbiased for :math:`L`. With it, ``resampling_gradient="stop_gradient"`` follows
+    :math:`\nabla\log p(x)` up to O(1/N): the recommended choice; ``"score_rb"`` with a fixed schedule is unbiased and
+    noisy; ``"none"`` drops a term and is biased enough to destroy learned betas (the published code's choice, for
+    comparison only).
     Cost: K gradients of model and guide per particle, the gradient of the bound three to four times that; memory O(NK),
     or as ``remat`` says.
 
@@ -159,32 +161,35 @@ class DSMCS(ELBO):
     def loss_with_mutable_state(  # type: ignore[override]
         self, rng_key: Array, param_map: Params, model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        run_key, path = self._path(rng_key, param_map, model, guide, args, kwargs)
+        run_key, path = self.path(rng_key, param_map, model, guide, args, kwargs)
 
-        def bound(rng_key: Array) -> Array:
-            return self._bound(run(rng_key, path, self.num_particles, self.resampling, remat=self.remat))
+        def one(rng_key: Array) -> Array:
+            return self.bound(run(rng_key, path, self.num_particles, self.resampling, remat=self.remat))
 
-        values = jax.vmap(bound)(random.split(run_key, self.num_mc))
+        values = jax.vmap(one)(random.split(run_key, self.num_mc))
         return {"loss": -jnp.sum(jnp.mean(values, axis=0)) * path.target.plates.scale, "mutable_state": None}
 
     def diagnostics(
-        self, rng_key: Array, params: Params, model: Program, guide: Program, *args: Any, **kwargs: Any
+        self,
+        rng_key: Array,
+        params: Params,
+        model: Program,
+        guide: Program,
+        *args: Any,
+        num_runs: int | None = None,
+        **kwargs: Any,
     ) -> AnnealingDiagnostics:
-        """What ``num_mc`` runs of the sampler do at given parameters, per transition.
+        """What the sampler does at given parameters, per transition.
 
         :param params: constrained values, as :meth:`~numpyro.infer.svi.SVI.get_params` gives them.
+        :param num_runs: independent runs; ``num_mc`` by default.
         :return: an :class:`~numpyro_smc.reports.annealing.AnnealingDiagnostics`; with a warning that counts them, if
             step sizes were driven to zero.
         """
-        run_key, path = self._path(rng_key, params, model, guide, args, kwargs)
-        self._warn_of_vanished_steps(path.schedule.step_sizes)
-
-        def one(rng_key: Array) -> tuple[Array, Array, Array]:
-            recursion = run(rng_key, path, self.num_particles, self.resampling)
-            return recursion.log_evidence, recursion.steps.ess, recursion.steps.resampled
-
-        runs = jax.vmap(one)(random.split(run_key, self.num_mc))
-        return AnnealingDiagnostics(*runs, path.schedule, self.num_particles)
+        runs = compiled_runs(self, model, guide, num_runs or self.num_mc)
+        log_evidence, ess, resampled, schedule = runs(rng_key, params, args, kwargs)
+        self._warn_of_vanished_steps(schedule.step_sizes)
+        return AnnealingDiagnostics(log_evidence, ess, resampled, schedule, self.num_particles)
 
     def sample_posterior(
         self,
@@ -204,31 +209,22 @@ class DSMCS(ELBO):
             ``"final"`` (any final particle) or ``"initial"`` (a draw from the guide).
         :return: values of the guide's latent sites, ``[num_samples, ...]``.
         """
-        if method not in ("weighted", "final", "initial"):
-            raise ValueError(f"{type(self).__name__}: method must be 'weighted', 'final' or 'initial', got {method!r}.")
-        run_key, path = self._path(rng_key, params, model, guide, args, kwargs)
+        if method not in METHODS:
+            raise ValueError(f"{type(self).__name__}: method must be one of {METHODS}, got {method!r}.")
+        return compiled_draws(self, model, guide, num_samples, method)(rng_key, params, args, kwargs)
 
-        def sample(rng_key: Array) -> dict[str, Array]:
-            run_key, choice_key = random.split(rng_key)
-            if method == "initial":
-                return path.target.values(path.target.draw(run_key, jnp.asarray(0)))
-            state = run(run_key, path, self.num_particles, self.resampling).state
-            if method == "final":
-                state = state._replace(log_weights=jnp.zeros_like(state.log_weights))
-            return path.target.values(_choose(choice_key, state))
-
-        return lax.map(sample, random.split(run_key, num_samples))
-
-    def _path(
+    def path(
         self, rng_key: Array, params: Params, model: Program, guide: Program, args: Any, kwargs: Any
     ) -> tuple[Array, AnnealedPath]:
+        """A key for its runs, and the annealed path from guide to model at given parameters."""
         plate_key, program_key, run_key = random.split(rng_key, 3)
         pair = Pair(model, guide, args, kwargs, plate_key, self.plates, type(self).__name__, self.num_particles)
         target = GuideTarget(pair, params, program_key)
         score = learned_score.bind(pair.user, params, target) if self._has_score else None
         return run_key, AnnealedPath(target, self.kernel, self.schedule.at(params), score)
 
-    def _bound(self, recursion: Recursion) -> Array:
+    def bound(self, recursion: Recursion) -> Array:
+        """Log evidence of a run, by problem, with the gradient that ``resampling_gradient`` says."""
         value = recursion.log_evidence
         if self.resampling_gradient.startswith("score"):
             surrogate = score_terms(recursion, future_only=self.resampling_gradient == "score_rb")
@@ -249,52 +245,3 @@ class DSMCS(ELBO):
                 f"'step_size' out of `learn`.",
                 stacklevel=find_stack_level(),
             )
-
-
-def _choose(rng_key: Array, state: ParticleState) -> State:
-    """One particle of each problem, by the weights."""
-    chosen = random.categorical(rng_key, state.log_weights, axis=0)
-
-    def pick(leaf: Array) -> Array:
-        index = chosen.reshape(1, *chosen.shape, *(1,) * (leaf.ndim - 1 - chosen.ndim))
-        return jnp.take_along_axis(leaf, index, axis=0)[0]
-
-    return {name: pick(leaf) for name, leaf in state.cloud.particles[0].position.items()}
-
-
-class DAIS(DSMCS):
-    r"""Differentiable annealed importance sampling [1]: :class:`DSMCS` without resampling.
-
-    .. math:: L = \mathbb E\Big[\log \tfrac1N \sum_n \exp \sum_k i_k^n\Big] \le \log p(x).
-
-    Value and gradient: unbiased for :math:`L`. Other arguments, cost and errors: see :class:`DSMCS`.
-
-    :param num_particles: :math:`N \ge 1`.
-    :param num_transitions: :math:`K \ge 0`.
-
-    **Example**
-
-    .. doctest::
-
-        >>> import jax.numpy as jnp, numpyro, numpyro.distributions as dist
-        >>> from jax import random
-        >>> from numpyro.infer import SVI
-        >>> from numpyro.infer.autoguide import AutoDiagonalNormal
-        >>> from numpyro_smc import DAIS
-        >>> def model(y):
-        ...     loc = numpyro.sample("loc", dist.Normal(0.0, 2.0))
-        ...     numpyro.sample("y", dist.Normal(loc, 1.0), obs=y)
-        >>> loss = DAIS(num_particles=4, num_transitions=3)
-        >>> svi = SVI(model, loss.wrap(AutoDiagonalNormal(model)), numpyro.optim.Adam(0.01), loss)
-        >>> result = svi.run(random.key(0), 5, 1.3, progress_bar=False)
-
-    **References**
-
-    1. *Differentiable Annealed Importance Sampling and the Perils of Gradient Noise*, G. Zhang et al. (2021)
-    """
-
-    def __init__(self, num_particles: int, num_transitions: int, **options: Any) -> None:
-        for name in ("resample", "resampler", "ess_threshold", "resampling_gradient"):
-            if name in options:
-                raise ValueError(f"DAIS: it does not resample, so it has no {name}. Use DSMCS.")
-        super().__init__(num_particles, num_transitions, resample="never", resampling_gradient="none", **options)

@@ -18,7 +18,7 @@ from numpyro.distributions.transforms import biject_to
 from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.density import Densities, Draw, Pair, Params, is_point
-from numpyro_smc.programs.sites import BatchPlates, Site, in_control_flow, is_latent, sum_per_problem
+from numpyro_smc.programs.sites import BatchPlates, Site, in_control_flow, is_latent, plate_scales, sum_per_problem
 
 State = dict[str, Array]
 
@@ -61,13 +61,21 @@ class GuideTarget:
         return Ends(base, target - sum(points, start=jnp.zeros_like(base)))
 
     def values(self, state: State) -> dict[str, Array]:
-        """Values of the guide's latent sites, in their supports."""
+        """Values of the guide's latent sites in their supports, without auxiliary ones."""
         trace = self.pair.run_guide(self.rng_key, self.params, _AtState(state)).trace
-        return {name: site["value"] for name, site in trace.items() if is_latent(site)}
+        latent = {name: site for name, site in trace.items() if is_latent(site)}
+        return {name: site["value"] for name, site in latent.items() if not site["infer"].get("is_auxiliary")}
 
     def _densities_of_draw(self) -> Densities:
         draw = self.pair.draw(self.rng_key, jnp.asarray(0), self.params)
-        densities = self.pair.densities(draw, self._model(draw))
+        model = self._model(draw)
+        densities = self.pair.densities(draw, model)
+        for name, scale in (plate_scales(draw.trace) | plate_scales(model)).items():
+            if scale != 1.0 and name not in densities.plates.names:
+                raise ValueError(
+                    f"{self.pair.user}: plate '{name}' is subsampled inside the dynamics, so the path would end at "
+                    f"another density than the model's. Put every site inside the plate, or use the full data."
+                )
         for name, site in draw.trace.items():
             if is_latent(site):
                 self._check(name, site, densities.plates)

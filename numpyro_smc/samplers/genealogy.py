@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -24,6 +25,17 @@ def genealogical_variance(weights: Array, families: Array, num_families: int, ex
     shares = jax.ops.segment_sum(weights, families, num_families)
     factor = (num_families / max(num_families - 1, 1)) ** exponent
     return 1.0 - factor * (1.0 - jnp.sum(shares**2))
+
+
+def mean_error(values: np.ndarray, weights: np.ndarray, families: np.ndarray) -> np.ndarray:
+    r"""Standard error of a weighted mean: root of :math:`\sum_e (\sum_{i \in e} w_i (\phi_i - \bar\phi))^2`.
+
+    :param values: ``[N, ...]``. **weights** - ``[N]``, sum to one. **families** - ``[N]``.
+    """
+    influence = weights.reshape(-1, *(1,) * (values.ndim - 1)) * (values - np.tensordot(weights, values, 1))
+    sums = np.zeros((int(families.max()) + 1, *values.shape[1:]))
+    np.add.at(sums, families, influence)
+    return np.sqrt((sums**2).sum(0))
 
 
 class Moments(NamedTuple):

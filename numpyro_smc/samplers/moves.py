@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from blackjax.mcmc import hmc, mala, nuts, random_walk
+from blackjax.mcmc import hmc, integrators, mala, metrics, nuts, random_walk
 from jax import Array, lax, random
 
 LogDensity = Callable[[Array], Array]
@@ -24,34 +24,78 @@ class Move(NamedTuple):
     """A Markov kernel of one particle, leaving the density it is given invariant.
 
     - **init** - ``(position, log_density) -> state``, whose field ``position`` is read after the moves.
-    - **step** - ``(rng_key, state, log_density, step_size) -> (state, acceptance probability)``.
+    - **step** - ``(draws, state, log_density, step_size) -> (state, acceptance probability)``.
     - **target_acceptance** - what the step size is tuned to. **step_size** - where it starts, by the dimension.
     - **num_moves** - how often it is applied at each temperature, if the user does not say.
-    - **jitter** - by which fraction the step size varies between particles and moves.
+    - **draws** - ``(rng_key, positions) -> `` what is random in one step of every particle; a key each by default.
     """
 
     init: Callable[[Array, LogDensity], Any]
-    step: Callable[[Array, Any, LogDensity, Array], tuple[Any, Array]]
+    step: Callable[[Any, Any, LogDensity, Array], tuple[Any, Array]]
     target_acceptance: float
     step_size: Callable[[int], float]
     num_moves: int
-    jitter: float = 0.0
+    draws: Callable[[Array, Array], Any] = lambda rng_key, positions: random.split(rng_key, positions.shape[0])
 
 
 class _At(NamedTuple):
     position: Array
 
 
+class _Hamiltonian(NamedTuple):
+    """What is random in one Hamiltonian move; **stretch** multiplies the step size."""
+
+    momentum: Array
+    stretch: Array
+    rng_key: Array
+
+
 def hamiltonian(num_integration_steps: int = 8) -> Move:
     """Hamiltonian Monte Carlo; each move's step size is jittered by a fifth, against trajectories that close."""
-    kernel = hmc.build_kernel()
+    kernel = hmc.build_kernel(integrator=partial(_trajectory, num_integration_steps=num_integration_steps))
 
-    def step(rng_key: Array, state: Any, log_density: LogDensity, step_size: Array) -> tuple[Any, Array]:
-        identity = jnp.ones_like(state.position)
-        state, info = kernel(rng_key, state, log_density, step_size, identity, num_integration_steps)
+    def draws(rng_key: Array, positions: Array) -> _Hamiltonian:
+        momentum_key, stretch_key, rng_key = random.split(rng_key, 3)
+        num_particles, dtype = positions.shape[0], positions.dtype
+        return _Hamiltonian(
+            random.normal(momentum_key, positions.shape, dtype),
+            random.uniform(stretch_key, (num_particles,), dtype, 0.8, 1.2),
+            random.split(rng_key, num_particles),
+        )
+
+    def step(draws: _Hamiltonian, state: Any, log_density: LogDensity, step_size: Array) -> tuple[Any, Array]:
+        def kinetic_energy(momentum: Array, position: Any = None) -> Array:
+            return 0.5 * jnp.sum(momentum**2)
+
+        # Only the no-U-turn sampler asks a metric for more.
+        metric: Any = metrics.Metric(lambda rng_key, position: draws.momentum, kinetic_energy, None, None)  # type: ignore[arg-type]
+        state, info = kernel(draws.rng_key, state, log_density, step_size * draws.stretch, metric, 1)
         return state, info.acceptance_rate
 
-    return Move(hmc.init, step, 0.8, lambda dimension: dimension**-0.25, 5, jitter=0.2)
+    return Move(hmc.init, step, 0.8, lambda dimension: dimension**-0.25, 5, draws)
+
+
+def _trajectory(log_density: LogDensity, kinetic_energy: Any, num_integration_steps: int) -> Callable[..., Any]:
+    """A BlackJAX integrator whose one step is a whole leapfrog trajectory with unit mass.
+
+    Only its end needs the log density; BlackJAX's own loop evaluates it with every gradient, for twice the time.
+    """
+    gradient, value_and_gradient = jax.grad(log_density), jax.value_and_grad(log_density)
+
+    def trajectory(state: integrators.IntegratorState, step_size: Array) -> integrators.IntegratorState:
+        momentum = state.momentum + 0.5 * step_size * state.logdensity_grad
+        position = state.position + step_size * momentum
+
+        def leap(_: int, at: tuple[Array, Array]) -> tuple[Array, Array]:
+            position, momentum = at
+            momentum = momentum + step_size * gradient(position)
+            return position + step_size * momentum, momentum
+
+        position, momentum = lax.fori_loop(0, num_integration_steps - 1, leap, (position, momentum))
+        value, last = value_and_gradient(position)
+        return integrators.IntegratorState(position, momentum + 0.5 * step_size * last, value, last)
+
+    return trajectory
 
 
 def no_u_turn(max_num_doublings: int = 8) -> Move:
@@ -185,15 +229,9 @@ def move_cloud(
 
     def sweep(carry: tuple[Any, Array], sweep_key: Array) -> tuple[tuple[Any, Array], Any]:
         states, log_step_size = carry
-        step_sizes = jnp.broadcast_to(jnp.exp(log_step_size), positions.shape[:1])
-        if move.jitter:
-            jitter_key, sweep_key = random.split(sweep_key)
-            low, high = 1.0 - move.jitter, 1.0 + move.jitter
-            step_sizes *= random.uniform(jitter_key, step_sizes.shape, step_sizes.dtype, low, high)
-        keys = random.split(sweep_key, positions.shape[0])
-        states, acceptance = mapped(
-            lambda key, s, step_size: move.step(key, s, scaled_log_density, step_size), keys, states, step_sizes
-        )
+        step_size = jnp.exp(log_step_size)
+        draws = move.draws(sweep_key, positions)
+        states, acceptance = mapped(lambda d, s: move.step(d, s, scaled_log_density, step_size), draws, states)
         mean = jnp.mean(jnp.where(jnp.isfinite(acceptance), acceptance, 0.0))
         if tune_step_size:
             log_step_size = log_step_size + gain * (mean - target)

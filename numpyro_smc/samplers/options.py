@@ -109,8 +109,8 @@ def chosen_path(
         return Temperatures, chosen_temperatures(tempering)
     if persistent:
         raise ValueError(
-            "SMCSampler: persistent=True reweighs past particles by their temperatures, which tempering='data' does not "
-            "have. Use waste_free to reuse states."
+            "SMCSampler: persistent=True reweighs past particles by their temperatures, which tempering='data' does "
+            "not have. Use waste_free to reuse states."
         )
     if init_guide is not None:
         raise ValueError(
@@ -134,7 +134,9 @@ def chosen_temperatures(tempering: Any) -> np.ndarray | None:
     if isinstance(tempering, str):
         if tempering == "adaptive":
             return None
-        raise ValueError(f"SMCSampler: tempering must be 'adaptive', 'data' or an array of temperatures, got {tempering!r}.")
+        raise ValueError(
+            f"SMCSampler: tempering must be 'adaptive', 'data' or an array of temperatures, got {tempering!r}."
+        )
     schedule = np.asarray(tempering, np.float64)
     if schedule.ndim == 1 and len(schedule) and schedule[0] == 0.0:
         schedule = schedule[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +13,11 @@ from jax import Array, random
 
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.reports.arviz_export import inference_data
+from numpyro_smc.samplers.genealogy import mean_error
 from numpyro_smc.samplers.progress import Progress
+from numpyro_smc.samplers.thermodynamics import LogEvidence, Thermodynamics
 
 _UNCERTAIN = 0.3
-
-
-class LogEvidence(NamedTuple):
-    """An estimate of the log evidence.
-
-    - **value**, **standard_error** - Monte Carlo error only.
-    - **correction** - what the second-order term added: of the size of the quadrature's error without it. The error
-      that is left is smaller, and in no standard error. 0 where there is no quadrature.
-    """
-
-    value: float
-    standard_error: float
-    correction: float = 0.0
 
 
 @dataclass(repr=False)
@@ -54,8 +43,9 @@ class SMCResult:
     :ivar num_particles: N. **interrupted** - whether Ctrl-C ended the run; the particles then follow the tempered
         posterior at ``betas[-1]``.
     :ivar row_counts: number of rows of the data at each stage of data tempering, ``[stages]``; ``None`` otherwise.
-    :ivar thermodynamics: mean and variance of the log likelihood at temperature 0 and after each stage, and the
-        variance of its integral, for :meth:`path_sampling`; ``None`` where that does not apply.
+    :ivar families: from which initial group each particle descends, ``[K]``, for :meth:`standard_error`.
+    :ivar thermodynamics: moments of the log likelihood by temperature, from 0, for :meth:`path_sampling`; ``None``
+        where that does not apply.
 
     **References**
 
@@ -75,9 +65,10 @@ class SMCResult:
     log_evidence_increments: np.ndarray
     log_likelihoods: np.ndarray
     num_particles: int
+    families: np.ndarray
     interrupted: bool = False
     row_counts: np.ndarray | None = None
-    thermodynamics: tuple[np.ndarray, np.ndarray, float] | None = None
+    thermodynamics: Thermodynamics | None = None
 
     @classmethod
     def of(
@@ -85,6 +76,7 @@ class SMCResult:
         progress: Progress,
         samples: dict[str, Array],
         log_weights: Array,
+        families: np.ndarray,
         num_particles: int,
         *,
         interrupted: bool,
@@ -94,16 +86,6 @@ class SMCResult:
         """The result of a run, from its reports and its last cloud."""
         column, done = progress.column, progress.temperature >= 1.0
         variance = float(column("relative_variance")[-1]) if progress.num_stages else 0.0
-        thermodynamics = None
-        if integrable and progress.num_stages:
-            mean, spread = (
-                np.concatenate([column(first)[:1], column(later)]).astype(np.float64)
-                for first, later in (
-                    ("previous_mean", "log_likelihood"),
-                    ("previous_variance", "log_likelihood_variance"),
-                )
-            )
-            thermodynamics = mean, spread, float(column("quadrature_variance")[-1])
         return cls(
             samples=samples,
             log_weights=log_weights - jax.nn.logsumexp(log_weights) + jnp.log(float(len(log_weights))),
@@ -119,7 +101,8 @@ class SMCResult:
             num_particles=num_particles,
             interrupted=interrupted,
             row_counts=None if num_rows is None else np.rint(column("temperature") * num_rows).astype(int),
-            thermodynamics=thermodynamics,
+            families=families,
+            thermodynamics=Thermodynamics.of(progress) if integrable and progress.num_stages else None,
         )
 
     def __repr__(self) -> str:
@@ -163,6 +146,28 @@ class SMCResult:
         """Posterior mean of a site."""
         return jnp.tensordot(self._weights, self._site(site), axes=1)
 
+    def standard_error(self, values: Any) -> np.ndarray:
+        r"""Monte Carlo standard error of the weighted mean of any function of the particles, from the genealogy [1].
+
+        The function decides: a mean that the moves mix well has a small error however few families are left; the share
+        of a mode that no move leaves does not, and its error falls as :math:`N^{-1/2}` only. With a handful of families
+        left (``log_evidence_se`` above 0.3) the error is itself uncertain.
+
+        :param values: of each particle, ``[K, ...]``; such as ``result.samples["x"] > 0`` for a share.
+        :return: ``[...]``.
+
+        **References**
+
+        1. *A general theory of particle filters in hidden Markov models and some applications*, H. Chan, T. Lai (2013)
+        """
+        values = np.asarray(values, np.float64)
+        if len(values) != len(self.log_weights):
+            raise ValueError(
+                f"standard_error: values has {len(values)} rows; expected one for each of the {len(self.log_weights)} "
+                f"particles in samples."
+            )
+        return mean_error(values, np.asarray(self._weights, np.float64), self.families)
+
     def quantile(self, site: str, q: Any) -> np.ndarray:
         """Posterior quantiles of a site, ``[*shape(q), ...]``."""
         values, weights = np.asarray(self._site(site)), np.asarray(self._weights, np.float64)
@@ -186,8 +191,8 @@ class SMCResult:
 
         A check on ``log_evidence`` that weighs the run's stages differently. Not unbiased: the temperatures of a
         ``target_ess`` are few for a quadrature, above all near 0, where a vague start has a heavy tail of tiny
-        likelihoods; look at the **correction**, and use a ``target_ess`` of 0.9 or more. From a guide the log likelihood is
-        the log importance weight.
+        likelihoods; look at the **correction**, and use a ``target_ess`` of 0.9 or more. From a guide the log
+        likelihood is the log importance weight.
 
         :raises ValueError: after an interruption, for data tempering and persistent sampling, and where some draw of
             the start has no likelihood, so that :math:`m_0 = -\infty`.
@@ -205,17 +210,7 @@ class SMCResult:
                 "path_sampling: integrates over temperatures, of which data tempering has none and persistent sampling "
                 "keeps mixtures. Use log_evidence, or SMCSampler with tempering='adaptive'."
             )
-        mean, variance, quadrature_variance = self.thermodynamics
-        if np.isneginf(mean[0]):
-            raise ValueError(
-                "path_sampling: some draw of the start has no likelihood, so the mean log likelihood at temperature 0 "
-                "is minus infinity and the integral diverges numerically. Use log_evidence, which allows for such "
-                "draws, or write what rules them out into the prior's support."
-            )
-        steps = np.diff(self.betas.astype(np.float64), prepend=0.0)
-        correction = float(-(steps**2) @ np.diff(variance) / 12.0)
-        value = float(steps @ (mean[:-1] + mean[1:]) / 2.0) + correction
-        return LogEvidence(value, math.sqrt(quadrature_variance), correction)
+        return self.thermodynamics.integral()
 
     def stepping_stone(self) -> LogEvidence:
         """The run's own estimate, ``log_evidence``, in the form of :meth:`path_sampling`."""

@@ -16,6 +16,7 @@ from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.programs.unconstrained import Program
 from numpyro_smc.samplers.moves import Tuning, cloud_scale, move_cloud
+from numpyro_smc.samplers.progress import Progress
 from numpyro_smc.samplers.result import SMCResult
 from numpyro_smc.samplers.smc_sampler import SMCSampler
 
@@ -42,10 +43,11 @@ class SMCKernel(MCMCKernel):
     r""":class:`~numpyro_smc.SMCSampler` as a kernel of ``numpyro.infer.MCMC``: its chains are the particles.
 
     ``MCMC(SMCKernel(model), num_warmup=0, num_samples=4, num_chains=500, chain_method="vectorized")``: initialising
-    carries 500 particles from the prior to the posterior; each sample is one further move of every particle, by the same
-    moves with the step size and the scale of the last temperature. The moves leave the posterior invariant. Everything
-    that MCMC does with samples works: ``group_by_chain``, summaries, ``thinning``, continuing from ``last_state``
-    (without tempering again), and ``arviz.from_numpyro``. Values of R-hat near one also say that the particles agree.
+    carries 500 particles from the prior to the posterior; each sample is one further move of every particle, with the
+    step size and the scale of the last temperature. The moves leave the posterior invariant. Everything that MCMC does
+    with samples works: ``group_by_chain``, summaries, ``thinning``, continuing from ``last_state`` (without tempering
+    again), and ``arviz.from_numpyro`` (which remarks on more chains than draws). R-hat of a few draws is above 1 even
+    where all is well.
 
     The evidence is in ``extra_fields=("log_evidence", "log_evidence_se", "num_temperatures")``, repeated for each chain
     and sample, and whole in :attr:`result`. MCMC shows no progress while the particles are tempered.
@@ -74,7 +76,8 @@ class SMCKernel(MCMCKernel):
         ...     with numpyro.plate("data", len(y)):
         ...         numpyro.sample("y", dist.Normal(mean, 1.0), obs=y)
         >>> kernel = SMCKernel(model, moves="rwmh")
-        >>> mcmc = MCMC(kernel, num_warmup=0, num_samples=2, num_chains=500, chain_method="vectorized", progress_bar=False)
+        >>> sizes = dict(num_warmup=0, num_samples=2, num_chains=500)
+        >>> mcmc = MCMC(kernel, **sizes, chain_method="vectorized", progress_bar=False)
         >>> mcmc.run(random.key(0), jnp.array([1.1, 0.3, 2.2, 1.4]), extra_fields=("log_evidence",))
         >>> mcmc.get_samples()["mean"].shape
         (1000,)
@@ -93,7 +96,7 @@ class SMCKernel(MCMCKernel):
         # Checks the options at once. The number of particles is not known yet; it must fit waste_free.
         self._sampler = SMCSampler(model, 2 * (options.get("waste_free") or 1), **options)
         self._stand = Compiled(self._standing)
-        self._last: tuple[Any, ...] | None = None
+        self._last: tuple[Progress, tuple] | None = None
         # MCMC initialises again, although it is given a state, unless there is something of this name.
         self._sample_fn = self.sample
 
@@ -113,7 +116,7 @@ class SMCKernel(MCMCKernel):
     def result(self) -> SMCResult:
         if self._last is None:
             raise ValueError("SMCKernel: no result before MCMC.run.")
-        return self._sampler._result(*self._last, interrupted=False)
+        return self._sampler._result(*self._last)
 
     def init(
         self,
@@ -147,10 +150,16 @@ class SMCKernel(MCMCKernel):
         self._last = progress, program
         result = self.result
         z, scale = self._stand(stand_key, progress.state, *program)
-        each = (progress.column("acceptance")[-1], result.log_evidence, result.log_evidence_se, len(result.betas))
+
+        def each(value: Any) -> Array:
+            return jnp.full(num_particles, value)
+
         return SMCKernelState(
             z,
-            *(jnp.full(num_particles, value) for value in each),
+            each(result.acceptance[-1]),
+            each(result.log_evidence),
+            each(result.log_evidence_se),
+            each(len(result.betas)),
             Tuning(progress.state.log_step_size, scale),
             run_key,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -29,6 +30,7 @@ from numpyro_smc.samplers.options import check_options, chosen_move, chosen_path
 from numpyro_smc.samplers.paths import Temperatures
 from numpyro_smc.samplers.progress import BAR_FORMAT, Progress, show
 from numpyro_smc.samplers.result import SMCResult
+from numpyro_smc.samplers.stages import advance_stages, next_limit
 from numpyro_smc.samplers.tempering import Settings
 
 
@@ -163,6 +165,7 @@ class SMCSampler:
         )
         self._moves = moves if isinstance(moves, str) else getattr(moves, "__name__", "function")
         self._engine = pooling if persistent else cloudwise
+        self._limit = 1
         self._start = Compiled(self._start_run)
         self._advance = Compiled(self._advance_run)
         self._finish = Compiled(self._finish_run)
@@ -206,9 +209,7 @@ class SMCSampler:
             )
         check_positive("SMCSampler", checkpoint_every=checkpoint_every)
         program = (jax.tree.map(jnp.asarray, {**self.guide_params, **(params or {})}), args, kwargs)
-        progress, interrupted = self._carry(
-            rng_key, program, progress_bar, checkpoint, checkpoint_every, resume=resume
-        )
+        progress, interrupted = self._carry(rng_key, program, progress_bar, checkpoint, checkpoint_every, resume=resume)
         return self._result(progress, program, interrupted)
 
     def _carry(
@@ -234,7 +235,9 @@ class SMCSampler:
             try:
                 show(bar, progress, self.num_particles)
                 while progress.temperature < 1.0:
-                    progress = self._next(progress, program)
+                    start = time.perf_counter()
+                    progress = self._next(progress, program, self._limit if checkpoint is None else 1)
+                    self._limit = next_limit(self._limit, time.perf_counter() - start)
                     show(bar, progress, self.num_particles)
                     if checkpoint is not None and progress.num_stages % checkpoint_every == 0:
                         progress.save(checkpoint, self._description())
@@ -247,27 +250,31 @@ class SMCSampler:
         warn_of_stuck_particles(progress)
         return progress, interrupted
 
-    def _next(self, progress: Progress, program: tuple) -> Progress:
-        """One more stage."""
-        stage = progress.num_stages
-        if stage >= self.max_stages:
+    def _next(self, progress: Progress, program: tuple, limit: int) -> Progress:
+        """One more stage, or up to ``limit``."""
+        limit = min(limit, self.max_stages - progress.num_stages)
+        if limit < 1:
             raise too_many_stages(progress, self.max_stages)
         state: Any = progress.state
-        if self.persistent and stage + 1 >= len(state.temperatures):
-            state = pooling.grown(state)
-        scheduled = np.asarray(1.0 if self.schedule is None else self.schedule[stage], progress.history.dtype)
-        state, report = self._advance(state, scheduled, *program)
-        new = Progress(state, np.concatenate([progress.history, np.asarray(report)[None]]))
-        check_advance(progress, new, self.settings.target_ess)
-        return new
+        if self.persistent:
+            if progress.num_stages + 1 >= len(state.temperatures):
+                state = pooling.grown(state)
+            limit = min(limit, len(state.temperatures) - 1 - progress.num_stages)
+        state, reports, number = self._advance(state, np.asarray(limit, np.int32), *program)
+        for report in np.asarray(reports)[: int(number)]:
+            new = Progress(state, np.concatenate([progress.history, report[None]]))
+            check_advance(progress, new, self.settings.target_ess)
+            progress = new
+        return progress
 
-    def _result(self, progress: Progress, program: tuple, interrupted: bool) -> SMCResult:
+    def _result(self, progress: Progress, program: tuple, interrupted: bool = False) -> SMCResult:
         values, log_weights = self._finish(progress.state, *program)
         alive = np.flatnonzero(np.asarray(log_weights) > -np.inf) if self.persistent else slice(None)
         return SMCResult.of(
             progress,
             {name: value[alive] for name, value in values.items()},
             log_weights[alive],
+            np.ravel(progress.state.families)[alive],
             self.num_particles,
             interrupted=interrupted,
             num_rows=progress.state.log_likelihood.shape[1] if self._by_rows else None,
@@ -282,8 +289,14 @@ class SMCSampler:
     def _start_run(self, rng_key: Array, *program: Any) -> tuple[Any, Split]:
         return self._engine.start(rng_key, self._path(self._read(*program)), self.settings)
 
-    def _advance_run(self, state: Any, scheduled: Array, *program: Any) -> tuple[Any, Array]:
-        return self._engine.advance(state, scheduled, self._path(self._read(*program)), self.settings)
+    def _advance_run(self, state: Any, limit: Array, *program: Any) -> tuple[Any, Array, Array]:
+        path = self._path(self._read(*program))
+        schedule = jnp.asarray([1.0] if self.schedule is None else self.schedule, state.temperature.dtype)
+
+        def advance(state: Any) -> tuple[Any, Array]:
+            return self._engine.advance(state, schedule[state.num_stages], path, self.settings)
+
+        return advance_stages(advance, state, limit)
 
     def _finish_run(self, state: Any, *program: Any) -> tuple[dict[str, Array], Array]:
         position, log_weights = state.positions_and_weights

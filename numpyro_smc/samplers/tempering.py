@@ -1,7 +1,7 @@
 r"""Sequential Monte Carlo along a path of densities, one stage at a time.
 
-The cloud at temperature :math:`t` targets :math:`\gamma_t`, such as :math:`\pi_0 L^t`, with log weights :math:`W` of mean
-one. A stage to :math:`t' > t` weighs, resamples when told to, and moves under the **new** temperature:
+The cloud at temperature :math:`t` targets :math:`\gamma_t`, such as :math:`\pi_0 L^t`, with log weights :math:`W` of
+mean one. A stage to :math:`t' > t` weighs, resamples when told to, and moves under the **new** temperature:
 
 .. math:: g^i = \log\gamma_{t'}(u^i) - \log\gamma_t(u^i), \qquad \ell = \log \tfrac1N \sum_i e^{W^i + g^i}, \qquad
    W^i \leftarrow W^i + g^i - \ell, \qquad \log \hat Z = \sum \ell .
@@ -15,7 +15,6 @@ temperature is chosen from them.
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
 

@@ -13,10 +13,11 @@ from numpyro.infer.util import potential_energy
 
 from numpyro_smc.programs.unconstrained import UnconstrainedModel
 from numpyro_smc.samplers.checks import warn_of_stuck_particles
+from numpyro_smc.samplers.genealogy import genealogical_variance
 from numpyro_smc.samplers.moves import cloud_scale
 from numpyro_smc.samplers.progress import Progress
 from numpyro_smc.samplers.smc_sampler import SMCSampler
-from numpyro_smc.samplers.tempering import StageReport, genealogical_variance
+from numpyro_smc.samplers.tempering import StageReport
 from tests.samplers import static_models as models
 from tests.samplers.static_models import SCHEDULE, sampler
 from tests.statistics_of_estimates import assert_unbiased_evidence
@@ -123,6 +124,8 @@ def test_a_result_answers_questions(capsys):
     assert len(result.plot().get_lines()) == 3
     with pytest.raises(KeyError, match="No site 'z'"):
         result.mean("z")
+    with pytest.raises(ValueError, match="persistent sampling keeps mixtures. Use log_evidence"):
+        result.path_sampling()
 
 
 def test_progress_is_shown_by_temperature(capsys):
@@ -230,7 +233,7 @@ def test_a_guide_must_cover_the_latents_and_may_start_an_improper_prior():
         ({"num_moves": 0}, "num_moves must be a positive integer"),
         ({"moves": "gibbs"}, "unknown moves='gibbs'.*'hmc'"),
         ({"moves": "rwmh", "moves_kwargs": {"num_integration_steps": 3}}, "does not take moves_kwargs"),
-        ({"tempering": "linear"}, "tempering must be 'adaptive' or an array"),
+        ({"tempering": "linear"}, "tempering must be 'adaptive', 'data' or an array"),
         ({"tempering": [0.5, 0.3, 1.0]}, "strictly increasing"),
         ({"tempering": SCHEDULE[:-1]}, "ends at 1"),
         ({"waste_free": 3}, "proper divisor of num_particles=100"),
@@ -261,6 +264,6 @@ def test_tempering_that_does_not_end_is_an_error(monkeypatch):
     with pytest.raises(FloatingPointError, match="after max_stages=2 stages"):
         run(chosen)
     advance = chosen._advance
-    monkeypatch.setattr(chosen, "_advance", lambda *args: (args[0], 0.0 * advance(*args)[1]))
+    monkeypatch.setattr(chosen, "_advance", lambda *args: (args[0], 0.0 * advance(*args)[1], 1))
     with pytest.raises(FloatingPointError, match="came to a halt at temperature 0 "):
         run(chosen)

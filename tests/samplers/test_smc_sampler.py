@@ -114,6 +114,8 @@ def test_particles_without_likelihood_die_at_once_and_are_counted():
     results = replicates(sampler(models.truncated, 400, moves="rwmh"), 100, jnp.array(0.3))
     assert_unbiased_evidence([r.log_evidence for r in results], models.truncated_evidence(0.3))
     assert all((r.samples["x"] > 0.0).all() for r in results)
+    with pytest.raises(ValueError, match=r"some draw of the start has no likelihood.*Use log_evidence"):
+        results[0].path_sampling()
 
 
 @pytest.mark.parametrize("model", ["conjugate", "counts"])
