@@ -7,9 +7,9 @@ figure (bound over training, and effective sample size over transitions early an
 Resumes from checkpoints, and goes on from a shorter run.
 
 The step sizes are free parameters below 0.25, the README's limit (the published command line's default is 1.0); the
-published code computes them by a small network.
+published code computes them by a small network, and draws the means anew in every run.
 
-Published: --config readme --num_replicates 64 --num_steps 5000.
+Published: --config readme --num_replicates 64 --num_steps 5000 (the learning rate times 0.75 after 2,500 steps).
 
 1. *Resampling Gradients Vanish in Differentiable Sequential Monte Carlo Samplers*, J. Zenn, R. Bamler (2023)
 """

@@ -203,6 +203,7 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> None:
                     ax.errorbar(mean, methods.index(row["method"]), xerr=error, fmt="o", capsize=3)
             ax.set_title(f"D={place[0]}, {place[1]} steps: {name}", fontsize="small")
             ax.set_yticks(range(len(methods)), methods)
+            ax.locator_params(axis="x", nbins=5)
     figure.savefig(folder / f"{NAME}.png", dpi=130)
     plt.close(figure)
 

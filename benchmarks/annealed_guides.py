@@ -53,6 +53,9 @@ PROBLEMS = (
 )
 DEFAULT_PROBLEMS = ["bimodal-D2", "bimodal-D5", "gp-rbf2", "gp-rbf2-whitened", "breast_cancer"]
 
+#: Settings that choose cells rather than change them.
+FREE = ("problems", "num_transitions", "num_steps", "seeds", "data_dir", "output", "no_progress")
+
 #: Measured with the published code: bound and mean log variance, by problem and (N, K). Bimodal: 1500 steps alone and
 #: 500 with transitions; Gaussian process: 40,000 and 12,000.
 REFERENCE: dict[str, dict[tuple[int, int], tuple[float, float]]] = {
@@ -150,7 +153,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--problems", nargs="+", default=DEFAULT_PROBLEMS, choices=PROBLEMS)
     parser.add_argument("--num_transitions", type=int, nargs="+", help="instead of those of the problem, K")
     parser.add_argument("--num_mc", type=int, default=16, help="samplers that the loss averages")
-    parser.add_argument("--num_steps", type=int, default=1500)
+    parser.add_argument("--num_steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=0.01, help="falls to a tenth, on a cosine")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--num_eval", type=int, default=2048, help="samplers that an evaluation runs")
@@ -167,7 +170,7 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> tuple[dict[str, 
     one = make_loss(*sizes, step_size_max=problem.step_size_max)
     loss = make_loss(*sizes, step_size_max=problem.step_size_max, num_mc=options.num_mc, remat=None)
     guide = loss.wrap(make_guide(problem))
-    rate = optax.cosine_decay_schedule(options.lr, options.num_steps, alpha=0.1)
+    rate = optax.cosine_decay_schedule(options.lr, cell["steps"], alpha=0.1)
     svi = SVI(problem.model, guide, optax.adam(rate), loss)
 
     def measure(params: dict[str, Any], rng_key: Array) -> dict[str, Array]:
@@ -181,7 +184,7 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> tuple[dict[str, 
     trained = replicates.train(
         svi,
         [cell["seed"]],
-        options.num_steps,
+        cell["steps"],
         lambda rng_key: problem.args,
         evaluate=measure,
         num_evaluations=10,
@@ -197,15 +200,11 @@ def train(cell: dict[str, Any], options: argparse.Namespace) -> tuple[dict[str, 
     return row | {"log evidence": problem.log_evidence} | learned(loss, params), points
 
 
-#: Settings that choose cells rather than change them.
-FREE = ("problems", "num_transitions", "seeds", "data_dir", "output", "no_progress")
-
-
 def beside_reference(row: dict[str, Any]) -> dict[str, Any]:
     reference = REFERENCE.get(row["problem"], {}).get((row["N"], row["K"]), ("", ""))
     known = row.get("log evidence")
     return {
-        **{name: row[name] for name in ("problem", "N", "K", "seed")},
+        **{name: row[name] for name in ("problem", "N", "K", "steps", "seed")},
         "bound": row.get("bound", row.get("error")),
         "s.e.": row.get("s.e.", ""),
         "publ. code": reference[0],
@@ -255,8 +254,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
         problem = make_problem(name, options.data_dir)
         sizes = [(problem.num_particles, k) for k in options.num_transitions or problem.num_transitions]
         for num_particles, num_transitions in ((1, 0), *sizes):
-            sizes_of_cell = {"problem": name, "N": num_particles, "K": num_transitions}
-            cells += [sizes_of_cell | {"seed": seed} for seed in options.seeds]
+            cell = {"problem": name, "N": num_particles, "K": num_transitions, "steps": options.num_steps}
+            cells += [cell | {"seed": seed} for seed in options.seeds]
     folder = Path(options.output)
     rows, _ = fill_table(NAME, cells, lambda **cell: train(cell, options), folder, settings, FREE)
     plot(rows, folder)

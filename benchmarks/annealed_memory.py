@@ -116,6 +116,9 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> None:
                 ax.plot(sizes, [row[quantity] for row in line], f"C{number}{style}", marker=".", label=label)
     for ax, title in zip(axes, ("temporary memory (MB)", "CPU seconds of a gradient"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel="transitions K", title=title)
+        sizes = sorted({row["K"] for row in rows})
+        ax.set_xticks(sizes, map(str, sizes), minor=False)
+        ax.tick_params(axis="x", which="minor", labelbottom=False)
     axes[0].legend(frameon=False, fontsize="small")
     figure.savefig(folder / f"{NAME}.png", dpi=130)
     plt.close(figure)

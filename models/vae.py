@@ -5,21 +5,30 @@ r"""Variational autoencoders of binary images, with a Gaussian or a categorical 
     z_n \sim p_\theta(z), \qquad x_n \mid z_n \sim \mathrm{Bern}(\sigma(\mathrm{decoder}_\theta(z_n))), \qquad
     q(z_n \mid x_n) = q(z_n; \mathrm{encoder}_\phi(x_n)).
 
-An encoder and a decoder are :mod:`equinox` modules that map one vector to one vector; those of :func:`mlp_networks` are
-the published ones, and any others go to :func:`gaussian_programs` or :func:`categorical_programs`. They stand in the
-programs as the modules ``"encoder"`` (guide) and ``"decoder"`` (model). Model and guide are called as
-``program(x, subsample_size)`` with ``x`` of shape ``[N, D]``; sites ``"z"`` and ``"x"`` are in the plate ``"data"``.
+An encoder and a decoder are :mod:`equinox` modules that map one vector to one vector; those of :func:`mlp_networks`
+(published in [2]), :func:`elu_networks` and :func:`convolutional_networks` (in [3]), or any others, go to
+:func:`gaussian_programs` or :func:`categorical_programs`. They stand in the programs as the modules ``"encoder"`` (the
+guide's) and ``"decoder"`` (the model's). Model and guide are called as ``program(x, subsample_size)`` with ``x`` of
+shape ``[N, D]``; sites ``"z"`` and ``"x"`` are in the plate ``"data"``. Other guides of the Gaussian code take the
+encoder as :func:`gaussian_encoder`:
+
+.. code-block:: python
+
+    encoder, decoder = elu_networks(random.key(0), context_size=50)
+    model = gaussian_model(decoder, 50)
+    guide = AuxiliaryFlowGuide(gaussian_encoder(encoder, 50), aux_dim=50)
 
 **References**
 
 1. *Auto-Encoding Variational Bayes*, D. Kingma, M. Welling (2014)
 2. *Optimal Variance Control of the Score Function Gradient Estimator for Importance Weighted Bounds*, V. Liévin,
    A. Dittadi, A. Christensen, O. Winther (2020)
+3. *Inference Suboptimality in Variational Autoencoders*, C. Cremer, X. Li, D. Duvenaud (2018)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -30,10 +39,23 @@ from jax import Array
 from jax.typing import ArrayLike
 from numpyro.contrib.module import eqx_module
 
-from models.networks import over_batch
+from models.networks import convolutional_decoder, convolutional_encoder, elu_network, over_batch
+from numpyro_smc.guides.flow import FlowGuide
 
 #: A model and its guide.
 Programs = tuple[Callable[..., None], Callable[..., None]]
+
+#: Hidden layers of encoder and decoder in the experiments of [3], for :func:`elu_networks`.
+LAYERS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "standard": ((200, 200), (200, 200)),
+    "large encoder": ((500, 500), (200, 200)),
+    "linear encoder": ((), (200, 200)),
+    "large decoder": ((200, 200), (500, 500)),
+    "small decoder": ((200, 200), ()),
+    "deep decoder": ((200, 200), (200, 200, 200, 200)),
+    "overtrained, large encoder": ((500, 500, 500), (200, 200)),
+    "overtrained, large decoder": ((200, 200), (500, 500, 500)),
+}
 
 
 def make_gaussian_vae(
@@ -64,15 +86,28 @@ def gaussian_programs(encoder: eqx.Module, decoder: eqx.Module, latent_size: int
     :param encoder: from ``[D]`` to :math:`\mu` and :math:`\log\sigma` in one vector ``[2 * latent_size]``.
     :param decoder: from ``[latent_size]`` to logits ``[D]``.
     """
+    return gaussian_model(decoder, latent_size), FlowGuide(gaussian_encoder(encoder, latent_size), "affine")
 
-    def prior() -> dist.Distribution:
-        return dist.Normal(jnp.zeros(latent_size), 1.0).to_event(1)
 
-    def posterior(code: Array) -> dist.Distribution:
-        loc, log_scale = jnp.split(code, 2, -1)
-        return dist.Normal(loc, jnp.exp(log_scale)).to_event(1)
+def gaussian_model(decoder: eqx.Module, latent_size: int) -> Callable[..., None]:
+    """The model of :func:`gaussian_programs`."""
+    return _model(lambda: dist.Normal(jnp.zeros(latent_size), 1.0).to_event(1), decoder)
 
-    return _programs(prior, posterior, encoder, decoder)
+
+def gaussian_encoder(encoder: eqx.Module, latent_size: int) -> Callable[[Array], tuple[Array, ...]]:
+    r"""An encoder program for :class:`~numpyro_smc.FlowGuide` and :class:`~numpyro_smc.AuxiliaryFlowGuide`.
+
+    :param encoder: from ``[D]`` to :math:`\mu`, :math:`\log\sigma` and, if there are more than ``2 * latent_size``
+        numbers, a context before its exponential linear units.
+    :return: a program from rows to :math:`\mu`, :math:`\sigma` and, if any, the context.
+    """
+
+    def encode(rows: Array) -> tuple[Array, ...]:
+        code = over_batch(eqx_module("encoder", encoder))(rows)
+        loc, log_scale, context = jnp.split(code, [latent_size, 2 * latent_size], -1)
+        return (loc, jnp.exp(log_scale), jax.nn.elu(context)) if context.shape[-1] else (loc, jnp.exp(log_scale))
+
+    return encode
 
 
 def categorical_programs(encoder: eqx.Module, decoder: eqx.Module, num_variables: int, num_categories: int) -> Programs:
@@ -92,7 +127,13 @@ def categorical_programs(encoder: eqx.Module, decoder: eqx.Module, num_variables
     def one_hot(z: Array) -> Array:
         return jax.nn.one_hot(z, num_categories).reshape(*z.shape[:-1], -1)
 
-    return _programs(prior, posterior, encoder, decoder, one_hot)
+    def guide(x: ArrayLike, subsample_size: int | None = None) -> None:
+        x = jnp.asarray(x)
+        encode = over_batch(eqx_module("encoder", encoder))
+        with numpyro.plate("data", x.shape[0], subsample_size=subsample_size):
+            numpyro.sample("z", posterior(encode(numpyro.subsample(x, event_dim=1))))
+
+    return _model(prior, decoder, one_hot), guide
 
 
 def mlp_networks(
@@ -107,13 +148,41 @@ def mlp_networks(
     return encoder, eqx.nn.MLP(latent_size, data_size, hidden_size, depth, activation=jnp.tanh, key=decoder_key)
 
 
-def _programs(
-    prior: Callable[[], dist.Distribution],
-    posterior: Callable[[Array], dist.Distribution],
-    encoder: eqx.Module,
-    decoder: eqx.Module,
-    embed: Callable[[Array], Array] = lambda z: z,
-) -> Programs:
+def elu_networks(
+    rng_key: Array,
+    data_size: int = 784,
+    latent_size: int = 50,
+    context_size: int = 0,
+    encoder: Sequence[int] = (200, 200),
+    decoder: Sequence[int] = (200, 200),
+) -> tuple[eqx.nn.Sequential, eqx.nn.Sequential]:
+    """An encoder and a decoder for a Gaussian code, with exponential linear units, as in [3].
+
+    Weights start Glorot-uniform, biases at zero. There the encoder returns the log variance; here, its half.
+
+    :param context_size: numbers that the encoder returns beside mean and log standard deviation.
+    :param encoder: sizes of its hidden layers; **decoder** - likewise; see :data:`LAYERS`.
+    """
+    encoder_key, decoder_key = jax.random.split(rng_key)
+    code_size = 2 * latent_size + context_size
+    return (
+        elu_network(encoder_key, (data_size, *encoder, code_size)),
+        elu_network(decoder_key, (latent_size, *decoder, data_size)),
+    )
+
+
+def convolutional_networks(
+    rng_key: Array, latent_size: int = 50, context_size: int = 0, channels: Sequence[int] = (64, 128, 256)
+) -> tuple[eqx.nn.Sequential, eqx.nn.Sequential]:
+    """The same for images of 3 x 32 x 32 pixels, as vectors of 3072, with convolutions."""
+    encoder_key, decoder_key = jax.random.split(rng_key)
+    encoder = convolutional_encoder(encoder_key, 2 * latent_size + context_size, channels)
+    return encoder, convolutional_decoder(decoder_key, latent_size)
+
+
+def _model(
+    prior: Callable[[], dist.Distribution], decoder: eqx.Module, embed: Callable[[Array], Array] = lambda z: z
+) -> Callable[..., None]:
     def model(x: ArrayLike, subsample_size: int | None = None) -> None:
         x = jnp.asarray(x)
         decode = over_batch(eqx_module("decoder", decoder))
@@ -123,10 +192,4 @@ def _programs(
             logits = decode(embed(numpyro.sample("z", z_prior)))
             numpyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
 
-    def guide(x: ArrayLike, subsample_size: int | None = None) -> None:
-        x = jnp.asarray(x)
-        encode = over_batch(eqx_module("encoder", encoder))
-        with numpyro.plate("data", x.shape[0], subsample_size=subsample_size):
-            numpyro.sample("z", posterior(encode(numpyro.subsample(x, event_dim=1))))
-
-    return model, guide
+    return model

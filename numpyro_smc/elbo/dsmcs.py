@@ -19,7 +19,7 @@ from numpyro_smc.engines.transitions import KERNELS, Kernel
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.guide_target import GuideTarget
-from numpyro_smc.programs.resample import Decision, build
+from numpyro_smc.programs.resample import Decision, build, replace_dead
 from numpyro_smc.programs.resampling import Scheme, bernoulli, gapped_straight_through, resolve
 from numpyro_smc.reports.annealing import AnnealingDiagnostics
 
@@ -129,7 +129,7 @@ class DSMCS(ELBO):
         self.schedule = LearnedSchedule(user, num_transitions, learn, step_size, step_size_max, mass, refreshment)
         self.num_mc, self.plates = num_mc, plates
         self.kernel: Kernel = KERNELS[kernel]
-        self.resampling = build(resampler, resample, ess_threshold, resampling_gradient)
+        self.resampling = replace_dead(build(resampler, resample, ess_threshold, resampling_gradient))
         self.resampling_gradient = resampling_gradient
         self.remat: bool | str = "sqrt" if remat == "sqrt" else remat == "step"
 

@@ -1,5 +1,6 @@
 """STL: the importance-weighted bound without the guide's score."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ from jax import Array, lax, random
 
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, PathwiseELBO
-from numpyro_smc.programs.density import Densities, Pair, Params
+from numpyro_smc.programs.density import Densities, Pair, Params, is_point
 
 
 class STL(PathwiseELBO):
@@ -56,4 +57,8 @@ class STL(PathwiseELBO):
         guide_key, model_key = random.split(rng_key)
         draw = self._draw(pair, guide_key, index, params)
         model = pair.run_model(model_key, index, params, draw)
-        return pair.densities(pair.redraw(guide_key, index, lax.stop_gradient(params), draw), model)
+        fixed = pair.densities(pair.redraw(guide_key, index, lax.stop_gradient(params), draw), model)
+        # Point masses have no score to leave out: what they add to the density acts like the model's.
+        points = {name for name in fixed.log_q if is_point(draw.trace[name]["fn"])}
+        moving = pair.densities(draw, model).log_q if points else {}
+        return replace(fixed, log_q={**fixed.log_q, **{name: moving[name] for name in points}})

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, random
+from jax import Array, lax, random
 
 from numpyro_smc.engines.transitions import Drifts, Kernel, Phase, Settings, axpy
 from numpyro_smc.programs.guide_target import Ends, GuideTarget, State
 from numpyro_smc.programs.sequence import Cloud, Move
+
+_LOWEST = -1e15  # log densities below are zero whatever else happens, and their derivatives overflow
 
 
 class Schedule(NamedTuple):
@@ -67,14 +69,16 @@ class AnnealedPath:
 
         def move(particle: tuple[Phase, Ends], noise: State) -> tuple[tuple[Phase, Ends], Array]:
             phase, ends = particle
-            phase, log_ratio = self.kernel.transition(phase, noise, drifts, settings, self._squared_norm)
+            moved, log_ratio = self.kernel.transition(phase, noise, drifts, settings, self._squared_norm)
+            alive = self._is_alive(moved.position, beta)
+            # A dead particle stays where it was: densities where it went would put 0 * inf into gradients.
+            phase = self._where(alive, moved, lax.stop_gradient(phase))
             new = self.target.ends(phase.position)
-            gain = _bridge(new, beta) - _bridge(ends, beta_before)
-            return (phase, new), gain + log_ratio
+            gain = _bridge(new, beta) - _bridge(ends, beta_before) + log_ratio
+            return (phase, new), jnp.where(alive & ~jnp.isnan(gain), gain, -jnp.inf)
 
         particles, log_weights = jax.vmap(move)(cloud.particles, noise)
-        # A particle that left the support, or whose step overflowed, is dead.
-        return Cloud(particles, None), _move(jnp.where(jnp.isnan(log_weights), -jnp.inf, log_weights))
+        return Cloud(particles, None), _move(log_weights)
 
     def noise(self, rng_key: Array, like: State) -> State:
         """Standard normal noise for every particle."""
@@ -89,6 +93,17 @@ class AnnealedPath:
             return Drifts(gradient, gradient)
         score = self.score
         return Drifts(gradient, lambda state: axpy(1.0, gradient(state), score(t, state)))
+
+    def _is_alive(self, position: State, beta: Array) -> Array:
+        """Whether a position, per problem, is in the support and where floating-point numbers can follow."""
+        ends = self.target.ends(lax.stop_gradient(position))
+        return jnp.isfinite(ends.base) & jnp.isfinite(ends.target) & (_bridge(ends, beta) > _LOWEST)
+
+    def _where(self, condition: Array, phase: Phase, otherwise: Phase) -> Phase:
+        def select(x: Array, y: Array) -> Array:
+            return jnp.where(condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim)), x, y)
+
+        return jax.tree.map(select, phase, otherwise)
 
     def _squared_norm(self, tree: State) -> Array:
         """Sum of squares per problem."""

@@ -219,3 +219,32 @@ def build(
         return chosen_form(rng_key, log_weights, particles, t, allowed)
 
     return resample_cloud
+
+
+def replace_dead(resample: ResampleFn | None) -> ResampleFn:
+    """Resample, then put a copy of the heaviest particle, without gradient, in the place of every dead one.
+
+    A particle is dead when its weight is zero in floating-point numbers. It stays so, and counts for nothing; but where
+    it has gone derivatives may overflow, and zero times infinity would end up in the gradients of all others.
+    """
+
+    def replaced(rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array) -> Resampled:
+        if resample is None:
+            num_particles, batch = log_weights.shape[0], log_weights.shape[1:]
+            identity = jnp.arange(num_particles, dtype=jnp.int32).reshape((-1,) + (1,) * len(batch))
+            ancestors = jnp.broadcast_to(identity, log_weights.shape)
+            new = Resampled(particles, log_weights, ancestors, jnp.zeros(batch, bool), jnp.zeros(batch))
+        else:
+            new = resample(rng_key, log_weights, particles, t, allowed)
+        dead = lax.stop_gradient(new.log_weights) < jnp.log(jnp.finfo(log_weights.dtype).tiny)
+        heaviest = jnp.argmax(new.log_weights, axis=0, keepdims=True)
+
+        def replace(leaf: Array) -> Array:
+            extra = (1,) * (leaf.ndim - dead.ndim)
+            copy = jnp.take_along_axis(lax.stop_gradient(leaf), heaviest.reshape(heaviest.shape + extra), axis=0)
+            return jnp.where(dead.reshape(dead.shape + extra), copy, leaf)
+
+        log_weights = jnp.where(dead, -jnp.inf, new.log_weights)
+        return new._replace(particles=jax.tree.map(replace, new.particles), log_weights=log_weights)
+
+    return replaced

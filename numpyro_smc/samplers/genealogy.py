@@ -1,5 +1,6 @@
 """How far a run's estimates can be trusted, from which particles descend from whom."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,11 @@ def mean_error(values: np.ndarray, weights: np.ndarray, families: np.ndarray) ->
     sums = np.zeros((int(families.max()) + 1, *values.shape[1:]))
     np.add.at(sums, families, influence)
     return np.sqrt((sums**2).sum(0))
+
+
+def log_scale_error(relative_variance: float) -> float:
+    """Standard error of a log from the relative variance: its root if small, infinite where nothing is known."""
+    return math.sqrt(-math.log1p(-max(relative_variance, 0.0))) if relative_variance < 1.0 else math.inf
 
 
 class Moments(NamedTuple):

@@ -217,8 +217,7 @@ def move_cloud(
         from_scaled = partial(jnp.matmul, scale)
 
     def scaled_log_density(y: Array) -> Array:
-        value = log_density(from_scaled(y))
-        return jnp.where(jnp.isnan(value), -jnp.inf, value)
+        return _no_density_if_nan(log_density(from_scaled(y)))
 
     def mapped(fn: Callable[..., Any], *operands: Any) -> Any:
         return over_particles(lambda operand: fn(*operand), operands, batch_size)
@@ -242,6 +241,17 @@ def move_cloud(
     )
     path = path if keep_path else states.position[None]
     return Moved(jax.vmap(jax.vmap(from_scaled))(path), jnp.mean(acceptance), log_step_size)
+
+
+@jax.custom_jvp
+def _no_density_if_nan(value: Array) -> Array:
+    """A gradient through the comparison would need the value, which half of the evaluations can do without."""
+    return jnp.where(jnp.isnan(value), -jnp.inf, value)
+
+
+@_no_density_if_nan.defjvp
+def _(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return _no_density_if_nan(*primals), tangents[0]
 
 
 def over_particles(fn: Callable[[Any], Any], operands: Any, batch_size: int | None) -> Any:

@@ -14,6 +14,7 @@ from numpyro_smc.programs.unconstrained import UnconstrainedModel
 from numpyro_smc.samplers import moves as moves_module
 from numpyro_smc.samplers.moves import MOVES, Move
 from numpyro_smc.samplers.paths import Path, Rows, Temperatures
+from numpyro_smc.samplers.tempering import Settings
 
 _TUNABLE = ("step_size", "inverse_mass_matrix")
 
@@ -147,3 +148,22 @@ def chosen_temperatures(tempering: Any) -> np.ndarray | None:
             f"between 0 and 1 that ends at 1, such as numpy.linspace(0, 1, 21) ** 3."
         )
     return schedule
+
+
+def description(
+    settings: Settings, moves: str, schedule: np.ndarray | None, persistent: bool, rows_of: str | None
+) -> str:
+    """What a checkpoint must agree with."""
+    parts = {
+        "num_particles": settings.num_particles,
+        "moves": moves,
+        "num_moves": settings.num_moves,
+        "tuned": (settings.tune_step_size, settings.tune_scale, settings.dense, settings.step_size),
+        "resampler": settings.scheme.name,
+        "target_ess": settings.target_ess,
+        "schedule": None if schedule is None else list(map(float, schedule)),
+        "waste_free": settings.chain_length,
+        "persistent": persistent,
+        "rows_of": rows_of,
+    }
+    return ", ".join(f"{name}={value}" for name, value in parts.items())

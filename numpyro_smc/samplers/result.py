@@ -13,7 +13,7 @@ from jax import Array, random
 
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.reports.arviz_export import inference_data
-from numpyro_smc.samplers.genealogy import mean_error
+from numpyro_smc.samplers.genealogy import log_scale_error, mean_error
 from numpyro_smc.samplers.progress import Progress
 from numpyro_smc.samplers.thermodynamics import LogEvidence, Thermodynamics
 
@@ -90,7 +90,7 @@ class SMCResult:
             samples=samples,
             log_weights=log_weights - jax.nn.logsumexp(log_weights) + jnp.log(float(len(log_weights))),
             log_evidence=progress.log_evidence if done else math.nan,
-            log_evidence_se=_log_scale_error(variance) if done else math.nan,
+            log_evidence_se=log_scale_error(variance) if done else math.nan,
             betas=column("temperature"),
             ess=column("ess"),
             acceptance=column("acceptance"),
@@ -240,8 +240,9 @@ class SMCResult:
     def to_arviz(self, num_samples: int | None = None, rng_key: Array | None = None) -> Any:
         """Draws of :meth:`get_samples` as ArviZ data.
 
-        Groups: ``posterior`` (one chain) and ``sample_stats`` (``beta``, ``ess``, ``acceptance_rate``, ``step_size``
-        and ``log_evidence_increment`` per stage); log evidence and standard error are attributes.
+        Groups: ``posterior`` (one chain) and ``sample_stats`` (``beta``, ``ess``, ``acceptance_rate``, ``step_size``,
+        ``log_evidence_increment`` and, of data tempering, ``row_count`` per stage); log evidence and standard error are
+        attributes.
         """
         stats = {
             "beta": self.betas,
@@ -250,6 +251,8 @@ class SMCResult:
             "step_size": self.step_sizes,
             "log_evidence_increment": self.log_evidence_increments,
         }
+        if self.row_counts is not None:
+            stats["row_count"] = self.row_counts
         attributes = {
             "log_evidence": self.log_evidence,
             "log_evidence_se": self.log_evidence_se,
@@ -284,8 +287,3 @@ class SMCResult:
         if site not in self.samples:
             raise KeyError(f"No site '{site}' in this result. Known: {', '.join(sorted(self.samples))}.")
         return self.samples[site]
-
-
-def _log_scale_error(relative_variance: float) -> float:
-    """Standard error of a log from the relative variance: its root if small, infinite where nothing is known."""
-    return math.sqrt(-math.log1p(-max(relative_variance, 0.0))) if relative_variance < 1.0 else math.inf

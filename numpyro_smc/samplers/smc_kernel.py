@@ -15,6 +15,7 @@ from numpyro.util import is_prng_key
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.programs.unconstrained import Program
+from numpyro_smc.samplers.genealogy import log_scale_error
 from numpyro_smc.samplers.moves import Tuning, cloud_scale, move_cloud
 from numpyro_smc.samplers.progress import Progress
 from numpyro_smc.samplers.result import SMCResult
@@ -148,7 +149,7 @@ class SMCKernel(MCMCKernel):
         if interrupted:
             raise KeyboardInterrupt
         self._last = progress, program
-        result = self.result
+        log_evidence_se = log_scale_error(float(progress.column("relative_variance")[-1]))
         z, scale = self._stand(stand_key, progress.state, *program)
 
         def each(value: Any) -> Array:
@@ -156,10 +157,10 @@ class SMCKernel(MCMCKernel):
 
         return SMCKernelState(
             z,
-            each(result.acceptance[-1]),
-            each(result.log_evidence),
-            each(result.log_evidence_se),
-            each(len(result.betas)),
+            each(progress.column("acceptance")[-1]),
+            each(progress.log_evidence),
+            each(log_evidence_se),
+            each(progress.num_stages),
             Tuning(progress.state.log_step_size, scale),
             run_key,
         )

@@ -26,7 +26,7 @@ from numpyro_smc.samplers.checks import (
     too_many_stages,
     warn_of_stuck_particles,
 )
-from numpyro_smc.samplers.options import check_options, chosen_move, chosen_path, chosen_scheme
+from numpyro_smc.samplers.options import check_options, chosen_move, chosen_path, chosen_scheme, description
 from numpyro_smc.samplers.paths import Temperatures
 from numpyro_smc.samplers.progress import BAR_FORMAT, Progress, show
 from numpyro_smc.samplers.result import SMCResult
@@ -40,13 +40,18 @@ class SMCSampler:
     Particles are drawn from the prior :math:`\pi_0` (or from a fitted guide) and carried through
     :math:`\pi_0(z)\,L(z)^\beta` from :math:`\beta = 0` to 1: weighed, resampled, and moved by a Markov kernel that
     leaves the new density invariant. :math:`L` is the likelihood: observed sites and ``numpyro.factor`` terms. Latents
-    are moved on the real line, by the bijections of their supports. Modes keep their shares, which no chain does.
+    are moved on the real line, by the bijections of their supports.
 
     The next temperature is where the effective sample size of the reweighed cloud falls to ``target_ess * N``. With a
     schedule in its place and ``tune=()`` the estimate of the evidence is unbiased; adaptation costs a relative bias of
     O(1/N). The standard error comes from the run's genealogy [3] and covers only what the run has seen: a mode that no
     particle found is in no standard error. Run again with another key, and with twice the moves, to trust a hard
     posterior.
+
+    Modes keep their shares, which no chain does, with an error that falls as :math:`N^{-1/2}`: two modes of 90 % and
+    10 % in ten dimensions have it at 2 points with 1,000 particles and at 1 point with 4,000, and
+    :meth:`SMCResult.standard_error` says so after one run. More particles or a larger ``target_ess`` help; more moves
+    do not, and ``waste_free`` hurts.
 
     Cost of a stage: N times ``num_moves`` times the gradients of one move; memory O(N D).
 
@@ -145,7 +150,6 @@ class SMCSampler:
         self.guide, self.guide_params = (None, {}) if init_guide is None else init_guide
         self._path, self.schedule = chosen_path(tempering, data_plate, row_counts, persistent, init_guide)
         self._by_rows = self._path is not Temperatures
-        self._data_plate = data_plate if self._by_rows else None
         self.persistent = persistent
         self.max_stages = max_stages
         move = chosen_move(moves, moves_kwargs)
@@ -164,6 +168,8 @@ class SMCSampler:
             batch_size,
         )
         self._moves = moves if isinstance(moves, str) else getattr(moves, "__name__", "function")
+        rows_of = data_plate if self._by_rows else None
+        self._description = description(self.settings, self._moves, self.schedule, persistent, rows_of)
         self._engine = pooling if persistent else cloudwise
         self._limit = 1
         self._start = Compiled(self._start_run)
@@ -227,7 +233,7 @@ class SMCSampler:
         progress = Progress(state, np.zeros((0, len(cloudwise.StageReport._fields)), split.base.dtype))
         saved = None
         if checkpoint is not None and resume and os.path.exists(checkpoint):
-            progress = saved = progress.load(checkpoint, self._description())
+            progress = saved = progress.load(checkpoint, self._description)
         else:
             self._check_start(split, state, program)
         interrupted = False
@@ -240,13 +246,13 @@ class SMCSampler:
                     self._limit = next_limit(self._limit, time.perf_counter() - start)
                     show(bar, progress, self.num_particles)
                     if checkpoint is not None and progress.num_stages % checkpoint_every == 0:
-                        progress.save(checkpoint, self._description())
+                        progress.save(checkpoint, self._description)
                         saved = progress
             except KeyboardInterrupt:
                 interrupted = True
             finally:
                 if checkpoint is not None and progress is not saved:
-                    progress.save(checkpoint, self._description())
+                    progress.save(checkpoint, self._description)
         warn_of_stuck_particles(progress)
         return progress, interrupted
 
@@ -316,20 +322,3 @@ class SMCSampler:
         position = state.position.reshape(-1, state.position.shape[-1])[first]
         densities, latents = jax.tree.map(np.asarray, self._diagnose(position, *program))
         raise not_startable(number, self.num_particles, densities, latents)
-
-    def _description(self) -> str:
-        """What a checkpoint must agree with."""
-        settings = self.settings
-        parts = {
-            "num_particles": self.num_particles,
-            "moves": self._moves,
-            "num_moves": settings.num_moves,
-            "tuned": (settings.tune_step_size, settings.tune_scale, settings.dense, settings.step_size),
-            "resampler": settings.scheme.name,
-            "target_ess": settings.target_ess,
-            "schedule": None if self.schedule is None else list(map(float, self.schedule)),
-            "waste_free": settings.chain_length,
-            "persistent": self.persistent,
-            "rows_of": self._data_plate,
-        }
-        return ", ".join(f"{name}={value}" for name, value in parts.items())

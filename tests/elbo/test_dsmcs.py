@@ -231,6 +231,28 @@ def test_constrained_latents_and_autoguides_bound_the_known_evidence(make_guide)
     assert "effective sample size" in repr(loss.diagnostics(random.key(3), result.params, student, svi.guide, y))
 
 
+def test_particles_that_fly_off_die_without_a_trace_in_the_gradient():
+    """Where the scale is small the force is huge: some particles are thrown to where densities overflow."""
+
+    def spread(y):
+        scale = numpyro.sample("scale", dist.HalfNormal(1.0))
+        numpyro.sample("y", dist.Normal(0.0, scale).expand([4]).to_event(1), obs=y)
+
+    def log_normal(y):
+        loc = numpyro.param("loc", 0.0)
+        numpyro.sample("scale", dist.LogNormal(loc, 1.5))
+
+    loss = DAIS(8, 5, step_size=0.2)
+    proposal = loss.wrap(log_normal)
+    y = jnp.array([3.1, -2.7, 3.4, 2.9])
+    svi = SVI(spread, proposal, optax.sgd(0.1), loss)
+    params = svi.get_params(svi.init(random.key(0), y))
+
+    gradient = jax.jit(jax.vmap(jax.grad(lambda p, k: loss.loss(k, p, spread, proposal, y)), (None, 0)))
+    found = gradient(params, random.split(random.key(1), 200))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
 def test_parameters_of_the_model_inside_the_dynamics_are_trained():
     def located(x):
         loc = numpyro.param("loc", 0.0)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from numpyro_smc.programs.resample import build, replace_dead
 from numpyro_smc.programs.resampling import available, multinomial, register, registry, resolve, systematic
 from numpyro_smc.programs.resampling.inverse_cdf import scaled_weights, search
 from numpyro_smc.programs.resampling.registry import Scheme
@@ -365,3 +366,19 @@ def test_a_name_that_is_taken_is_refused(own_registry):
     with pytest.raises(ValueError, match="'systematic' is already registered"):
         register(Scheme("systematic", first_particle))
     assert resolve("systematic").ancestors is systematic
+
+
+def test_dead_particles_become_copies_without_weight_or_gradient():
+    replaced = replace_dead(build("systematic", "never"))
+    log_weights = jnp.array([[0.3, -200.0], [-jnp.inf, 0.7], [-jnp.inf, 0.1]])
+    positions = jnp.array([[1.0, jnp.inf], [jnp.nan, 2.0], [jnp.inf, 3.0]])
+
+    def total(positions):
+        new = replaced(random.key(0), log_weights, {"z": positions}, jnp.asarray(1), jnp.asarray(True))
+        return jnp.sum(new.particles["z"]), new
+
+    gradient, new = jax.grad(total, has_aux=True)(positions)
+    assert np.array_equal(new.particles["z"], [[1.0, 2.0], [1.0, 2.0], [1.0, 3.0]])
+    assert np.array_equal(new.log_weights, np.array([[0.3, -np.inf], [-np.inf, 0.7], [-np.inf, 0.1]], np.float32))
+    assert np.array_equal(gradient, [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    assert not np.any(new.resampled) and np.array_equal(new.ancestors[:, 0], [0, 1, 2])
