@@ -374,7 +374,7 @@ def test_dead_particles_become_copies_without_weight_or_gradient():
     positions = jnp.array([[1.0, jnp.inf], [jnp.nan, 2.0], [jnp.inf, 3.0]])
 
     def total(positions):
-        new = replaced(random.key(0), log_weights, {"z": positions}, jnp.asarray(1), jnp.asarray(True))
+        new = replaced(jax.random.key(0), log_weights, {"z": positions}, jnp.asarray(1), jnp.asarray(True))
         return jnp.sum(new.particles["z"]), new
 
     gradient, new = jax.grad(total, has_aux=True)(positions)
