@@ -2,10 +2,10 @@ r"""What annealing does to the guide it starts from, "DAIS_0" [1].
 
 The start :math:`q_0`, a Gaussian with independent coordinates, is learned together with the sampler. Alone
 (K = 0, N = 1) it minimises KL(q_0, p), and is too narrow; with K transitions behind it, it tends to the minimum of
-KL(q_0, p) + KL(p, q_0) as K grows [1]. Prints bound, mean log variance and entropy of :math:`q_0` beside the mean log
-variances that are optimal for the three divergences (of bimodal targets, the one of KL(p, q_0) and that of a single
-mode; of logistic regression, those of the Gaussian at the posterior mode), and beside the published code; writes CSV,
-JSON, curves and a figure. Resumes from checkpoints.
+KL(q_0, p) + KL(p, q_0) as K grows [1]; N > 1 particles widen it further, with transitions or without. Prints bound,
+mean log variance and entropy of :math:`q_0` beside the mean log variances that are optimal for the three divergences
+(of bimodal targets, the one of KL(p, q_0) and that of a single mode; of logistic regression, those of the Gaussian at
+the posterior mode), and beside the published code; writes CSV, JSON, curves and a figure. Resumes from checkpoints.
 
 bimodal-D2, bimodal-D5: two Gaussians of scale 1/4 at 0 and 1. gp-rbf1, gp-rbf2: Gaussian-process regression in the
 function values, the start being the optimum of KL(q_0, p), and in units of its scales; with -whitened, of whitened
@@ -54,7 +54,7 @@ PROBLEMS = (
 DEFAULT_PROBLEMS = ["bimodal-D2", "bimodal-D5", "gp-rbf2", "gp-rbf2-whitened", "breast_cancer"]
 
 #: Settings that choose cells rather than change them.
-FREE = ("problems", "num_transitions", "num_steps", "seeds", "data_dir", "output", "no_progress")
+FREE = ("problems", "num_transitions", "num_particles", "num_steps", "seeds", "data_dir", "output", "no_progress")
 
 #: Measured with the published code: bound and mean log variance, by problem and (N, K). Bimodal: 1500 steps alone and
 #: 500 with transitions; Gaussian process: 40,000 and 12,000.
@@ -152,6 +152,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", default=DEFAULT_PROBLEMS, choices=PROBLEMS)
     parser.add_argument("--num_transitions", type=int, nargs="+", help="instead of those of the problem, K")
+    parser.add_argument("--num_particles", type=int, help="instead of that of the problem, N")
     parser.add_argument("--num_mc", type=int, default=16, help="samplers that the loss averages")
     parser.add_argument("--num_steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=0.01, help="falls to a tenth, on a cosine")
@@ -233,7 +234,7 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         1, len(problems), figsize=(3.2 * len(problems), 3.2), layout="constrained", squeeze=False
     )
     for ax, problem in zip(axes[0], problems, strict=True):
-        chosen = [row for row in rows if row["problem"] == problem]
+        chosen = sorted((row for row in rows if row["problem"] == problem), key=lambda row: (row["N"], row["K"]))
         labels = [f"N={row['N']}\nK={row['K']}" for row in chosen]
         ax.plot(labels, [row["log variance"] for row in chosen], "o")
         optima = {name: value for name, value in chosen[0].items() if name.startswith("optimal") and value is not None}
@@ -252,7 +253,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     cells = []
     for name in options.problems:
         problem = make_problem(name, options.data_dir)
-        sizes = [(problem.num_particles, k) for k in options.num_transitions or problem.num_transitions]
+        particles = options.num_particles or problem.num_particles
+        sizes = [(particles, k) for k in options.num_transitions or problem.num_transitions]
         for num_particles, num_transitions in ((1, 0), *sizes):
             cell = {"problem": name, "N": num_particles, "K": num_transitions, "steps": options.num_steps}
             cells += [cell | {"seed": seed} for seed in options.seeds]

@@ -148,7 +148,8 @@ METHODS: dict[str, tuple[str, bool, dict[str, Any]]] = {
 BOUNDS = {"dais": DAIS, "dsmcs": DSMCS}
 COVERAGE_METHODS: dict[str, dict[str, Any]] = {
     "importance": {"num_samples": 2000},
-    "ais": {"num_chains": 16, "num_temperatures": 100},
+    "ais, 100 temperatures": {"num_chains": 16, "num_temperatures": 100},
+    "ais, 400 temperatures": {"num_chains": 16, "num_temperatures": 400},
     "smc": {"num_particles": 400},
 }
 
@@ -343,8 +344,9 @@ def regression_guide(x: Array, y: Array, noise_scale: Array) -> None:
     numpyro.sample("w", dist.Normal(covariance @ x.T @ y / noise_scale**2, scale).to_event(1))
 
 
-def cover(method: str, options: argparse.Namespace) -> dict[str, Any]:
+def cover(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """How often stated 95 % intervals hold the exact evidence of conjugate regressions."""
+    method, sizes = name.split(",")[0], COVERAGE_METHODS[name]
     inside, scores, trusted = [], [], []
     began = time.process_time()
     for number, problem in enumerate(linear_regression.random_problems(options.seed, options.coverage)):
@@ -357,7 +359,7 @@ def cover(method: str, options: argparse.Namespace) -> dict[str, Any]:
                 *args,
                 method=method,
                 guide=regression_guide if method == "importance" else None,
-                **COVERAGE_METHODS[method],
+                **sizes,
             )
         truth = linear_regression.log_evidence(*problem)
         low, high = found.interval()
@@ -373,7 +375,7 @@ def cover(method: str, options: argparse.Namespace) -> dict[str, Any]:
         "mean score": float(np.mean(scores)),
         "sd of score": float(np.std(scores, ddof=1)),
         "CPU s": time.process_time() - began,
-        **COVERAGE_METHODS[method],
+        **sizes,
     }
 
 

@@ -12,7 +12,8 @@ Columns:
   stages        temperatures, mean over the keys
   evaluations   of the target per run (with or without gradient), from the algorithms
   ns/eval       CPU time of a run over its evaluations: median over keys and rounds
-  ratio         of ns/eval: numpyro_smc over BlackJAX, median over keys and rounds; of the decoder, of the rates
+  ratio         of ns/eval: numpyro_smc over BlackJAX, median over keys and rounds; of the decoder
+                the time of a gradient over that of the bare one
   recompiled    XLA compilations in a second run with another key
   log evidence  mean over keys, with its standard error; exact where known
   M/s           million gradients in one row's latents per CPU second

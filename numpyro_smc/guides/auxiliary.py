@@ -10,6 +10,7 @@ import numpyro
 import numpyro.distributions as dist
 from jax import Array
 from jax.typing import ArrayLike
+from numpyro import handlers
 from numpyro.distributions.transforms import ComposeTransform, Transform
 from numpyro.primitives import Messenger
 
@@ -122,9 +123,14 @@ class AuxiliaryFlowGuide:
         loc, scale, context = encode("extend_guide", self.encoder, rows, self.plate)
         size = loc.shape[-1]
 
-        def forward(z: Array, *context: Array) -> Array:
-            return jnp.concatenate(self._moments("forward", z, context[0] if context else None), axis=-1)
+        def moments(z: Array, context: Array | None = None) -> Array:
+            return jnp.concatenate(self._moments("forward", z, context), axis=-1)
 
+        # The density is asked for after the program has run: the parameters are stated now.
+        with handlers.trace() as trace:
+            moments(loc, context)
+        params = {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
+        forward = handlers.block(handlers.substitute(moments, data=params))
         start = dist.Normal(
             jnp.pad(loc, [(0, 0)] * (loc.ndim - 1) + [(0, self.aux_dim)]),
             jnp.pad(scale, [(0, 0)] * (loc.ndim - 1) + [(0, self.aux_dim)], constant_values=1.0),
@@ -202,7 +208,8 @@ def extend_model(model: Program, guide: AuxiliaryFlowGuide) -> Program:
     """
 
     def extended(*args: Any, **kwargs: Any) -> Any:
-        with _Reverse(guide, args, kwargs) as reverse:
+        reverse = _Reverse(guide, args, kwargs)
+        with reverse:
             result = model(*args, **kwargs)
         if not reverse.is_done:
             raise ValueError(

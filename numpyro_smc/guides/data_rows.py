@@ -90,21 +90,21 @@ def data_rows(
     return DataRows(rows, shared, (treedef, is_row)), name
 
 
-def check_rows(model: Program, params: Params, rows: DataRows, batch_size: int, user: str, compiled: Compiled) -> None:
+def check_rows(inspect: Compiled, params: Params, rows: DataRows, batch_size: int, user: str) -> None:
     """Check the data, and that a single row of them is the model's datum.
 
-    :param compiled: :func:`inspector` of the model.
+    :param inspect: :func:`inspector` of the model.
     :raises ValueError: naming the site, for data outside their support; if the densities of single rows are not those
         of the same rows of the whole.
     """
     size = min(batch_size, rows.num)
     outside: dict[str, int] = {}
     for number, (first, repeated) in enumerate(batches(rows.num, size)):
-        found, counts = compiled(params, rows.part(first, size))
+        (whole, alone), counts = inspect(params, rows.part(first, size))
         for name, values in counts.items():
             outside[name] = outside.get(name, 0) + int(np.sum(values[repeated:]))
         if number == 0:
-            _check_same(*found, user)
+            _check_same(whole, alone, user)
     for name, count in outside.items():
         if count:
             raise ValueError(

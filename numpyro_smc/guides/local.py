@@ -196,7 +196,7 @@ class LocalOptimizer:
         """
         params = as_arrays(params)
         rows, _ = data_rows(model, guide, params, args, kwargs, _USER)
-        check_rows(model, params, rows, self.batch_size, _USER, _inspector(model))
+        check_rows(_inspector(model), params, rows, self.batch_size, _USER)
         work = partial(self.batch, rng_key, model, guide, params, rows)
         found, interrupted = over_rows(
             work,

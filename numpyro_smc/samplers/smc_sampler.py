@@ -49,9 +49,9 @@ class SMCSampler:
     posterior.
 
     Modes keep their shares, which no chain does, with an error that falls as :math:`N^{-1/2}`: two modes of 90 % and
-    10 % in ten dimensions have it at 2 points with 1,000 particles and at 1 point with 4,000, and
-    :meth:`SMCResult.standard_error` says so after one run. More particles or a larger ``target_ess`` help; more moves
-    do not, and ``waste_free`` hurts.
+    10 % in ten dimensions have it at 2 points with 1,000 particles and at 1 point with 4,000, from the prior and from a
+    wide guide alike. :meth:`SMCResult.standard_error` tells it after one run. At equal cost more particles help most, a
+    larger ``target_ess`` and more moves less, and ``waste_free`` hurts: its few ancestors decide the shares.
 
     Cost of a stage: N times ``num_moves`` times the gradients of one move; memory O(N D).
 
@@ -86,7 +86,7 @@ class SMCSampler:
     :param batch_size: particles moved at a time, to bound the memory of a stage.
     :param max_stages: after how many temperatures to give up.
     :raises ValueError: for bad options at once; when run, naming the sites, for discrete latents, subsampled plates,
-        improper priors without ``init_guide``, and a guide that does not cover the latents.
+        improper priors without ``init_guide``, a guide that does not cover the latents, and latents in ``data_plate``.
 
     **Example**
 
@@ -171,7 +171,6 @@ class SMCSampler:
         rows_of = data_plate if self._by_rows else None
         self._description = description(self.settings, self._moves, self.schedule, persistent, rows_of)
         self._engine = pooling if persistent else cloudwise
-        self._limit = 1
         self._start = Compiled(self._start_run)
         self._advance = Compiled(self._advance_run)
         self._finish = Compiled(self._finish_run)
@@ -236,14 +235,15 @@ class SMCSampler:
             progress = saved = progress.load(checkpoint, self._description)
         else:
             self._check_start(split, state, program)
-        interrupted = False
+        interrupted, limit = False, 1
         with tqdm(total=1.0, bar_format=BAR_FORMAT, disable=not progress_bar) as bar:
             try:
                 show(bar, progress, self.num_particles)
                 while progress.temperature < 1.0:
                     start = time.perf_counter()
-                    progress = self._next(progress, program, self._limit if checkpoint is None else 1)
-                    self._limit = next_limit(self._limit, time.perf_counter() - start)
+                    progress = self._next(progress, program, limit)
+                    if checkpoint is None:
+                        limit = next_limit(limit, time.perf_counter() - start)
                     show(bar, progress, self.num_particles)
                     if checkpoint is not None and progress.num_stages % checkpoint_every == 0:
                         progress.save(checkpoint, self._description)

@@ -1,4 +1,7 @@
-"""Stated 95 % intervals against the exact evidence of 100 conjugate regressions, of one to ten weights."""
+"""Stated 95 % intervals against the exact evidence of conjugate regressions, of one to ten weights.
+
+Annealing at its default number of temperatures: with a hundred it covers 90 of 100, hard problems it says not to trust.
+"""
 
 import warnings
 
@@ -26,7 +29,7 @@ def guide(x, y, noise_scale):
 
 METHODS = {
     "importance": {"num_samples": 1000, "guide": guide},
-    "ais": {"num_chains": 16, "num_temperatures": 60, "num_leapfrog": 4},
+    "ais": {"num_chains": 16, "num_temperatures": 400},
     "smc": {"num_particles": 400, "moves": "rwmh"},
 }
 

@@ -115,7 +115,7 @@ class AffineCouplingTransform(Transform):
 
     def tree_flatten(self) -> tuple:
         # The functions in a module are part of its structure.
-        leaves, structure = jax.tree.flatten(self.conditioner)
+        leaves, structure = jax.tree.flatten(self.conditioner, is_leaf=lambda leaf: leaf is None)
         arrays = [None if callable(leaf) else leaf for leaf in leaves]
         functions = tuple(leaf if callable(leaf) else None for leaf in leaves)
         return (arrays, self.context), (structure, functions, self.kept, self.scale)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpyro
 from jax import Array, random
-from jax.nn import initializers
 from jax.typing import ArrayLike
 
 Layers = list[dict[str, Array]]
@@ -40,23 +39,24 @@ def network(
     last_scale: float = 1.0,
     last_bias: ArrayLike = 0.0,
 ) -> Network:
-    """State the parameter ``"{name}$params"`` and return the network.
+    r"""State the parameter ``"{name}$params"`` and return the network.
 
-    Weights start Glorot-uniform, those of the last layer times ``last_scale``; biases at zero, the last at
-    ``last_bias``.
+    Weights and biases start uniform on :math:`\pm 1 / \sqrt{\text{fan-in}}`; in the last layer the weights are times
+    ``last_scale``, and the biases ``last_bias``.
 
     :param sizes: of the input, the hidden layers and the output.
     """
 
     def init(rng_key: Array) -> Layers:
-        glorot = initializers.glorot_uniform()
-        keys = random.split(rng_key, len(sizes) - 1)
-        layers = [
-            {"weight": glorot(key, shape), "bias": jnp.zeros(shape[1])}
-            for key, shape in zip(keys, itertools.pairwise(sizes), strict=True)
-        ]
+        layers = []
+        for shape in itertools.pairwise(sizes):
+            rng_key, weight_key, bias_key = random.split(rng_key, 3)
+            limit = shape[0] ** -0.5
+            weight = random.uniform(weight_key, shape, minval=-limit, maxval=limit)
+            bias = random.uniform(bias_key, shape[1:], minval=-limit, maxval=limit)
+            layers.append({"weight": weight, "bias": bias})
         layers[-1]["weight"] = last_scale * layers[-1]["weight"]
-        layers[-1]["bias"] = layers[-1]["bias"] + last_bias
+        layers[-1]["bias"] = jnp.zeros(sizes[-1]) + last_bias
         return layers
 
     return Network(numpyro.param(f"{name}$params", init), activation)
