@@ -437,10 +437,10 @@ class Table:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     options = parse_arguments(argv)
-    settings = vars(options)
+    settings = {name: value for name, value in vars(options).items() if name != "data_dir"}
     report.print_environment(settings)
     print()
-    free = ("targets", "methods", "output", "data_dir", "max_temperatures", "coverage", "modes")
+    free = ("targets", "methods", "output", "max_temperatures", "coverage", "modes")
     estimates = Table(NAME, ("target", "method"), settings, free)
     gaps = Table(f"{NAME}_bidirectional", ("target", "temperatures"), settings, free)
     coverage = Table(f"{NAME}_coverage", ("method", "problems"), settings, free)

@@ -31,6 +31,7 @@ from numpyro_smc.programs.twist import gauss_hermite, twist
 from numpyro_smc.reports.gradient_statistics import GradientStatistics, gradient_statistics
 from numpyro_smc.reports.posterior_gap import ActiveUnits, BoundGap, active_units, kl_q_p
 from numpyro_smc.samplers.result import SMCResult
+from numpyro_smc.samplers.smc_kernel import SMCKernel
 from numpyro_smc.samplers.smc_sampler import SMCSampler
 
 __version__ = "0.1.0"
@@ -60,6 +61,7 @@ __all__ = [
     "GradientStatistics",
     "ParticleFilter",
     "Reinforce",
+    "SMCKernel",
     "SMCResult",
     "SMCSampler",
     "StepwiseOptim",

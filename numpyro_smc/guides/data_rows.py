@@ -55,8 +55,8 @@ def data_rows(
 ) -> tuple[DataRows, str]:
     """The arguments as rows, and the name of the plate whose elements they are.
 
-    :raises ValueError: naming the site, if no plate encloses every site, or a latent is discrete; naming the plate, if
-        one is subsampled, or no array has a row for each of its elements.
+    :raises ValueError: naming the site, if no plate encloses every site, a latent is discrete, or a parameter has no
+        value; naming the plate, if one is subsampled, or no array has a row for each of its elements.
     """
     pair = Pair(model, bootstrap(model) if guide is None else guide, args, kwargs, random.key(0), "auto", user)
     found: list[Any] = []
@@ -69,6 +69,13 @@ def data_rows(
     jax.eval_shape(read, params)
     of_guide, of_model, plates = found
     _check_sites(of_model, user)
+    for program, trace in (("model", of_model), ("guide", of_guide)):
+        for name, site in trace.items():
+            if site["type"] == "param" and name not in params:
+                raise ValueError(
+                    f"{user}: params has no value for parameter '{name}' of the {program}, which would stay as it was "
+                    f"initialised. Pass all trained parameters, as svi.get_params(state) returns them."
+                )
     for name, scale in (plate_scales(of_guide) | plate_scales(of_model)).items():
         if scale != 1.0:
             raise ValueError(

@@ -80,8 +80,8 @@ def inference_gap(
     :param checkpoint: file that is written after each batch, and that the same call continues from. After Ctrl-C, the
         result is that of the data done.
     :raises ValueError: naming the site, if the guide does not cover the model, if no plate encloses all sites, for
-        discrete latents, and for data outside their support; for subsampled plates; for a checkpoint of another
-        configuration.
+        discrete latents, for parameters without a value, and for data outside their support; for subsampled plates;
+        for a checkpoint of another configuration.
 
     **Example**
 

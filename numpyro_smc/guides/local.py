@@ -96,8 +96,8 @@ class LocalOptimizer:
     :param num_eval: draws of the final evaluation.
     :param batch_size: data at a time.
     :raises ValueError: for arguments out of range. When run: naming the site, if no plate encloses all sites of model
-        and guide, for discrete latents, and for data outside their support; for subsampled plates; for
-        a checkpoint of another configuration.
+        and guide, for discrete latents, for parameters without a value, and for data outside their support; for
+        subsampled plates; for a checkpoint of another configuration.
 
     **Example**
 

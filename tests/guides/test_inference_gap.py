@@ -173,6 +173,8 @@ def test_what_it_cannot_do_is_refused_by_name():
     refused("site 'z' has shape .* in the model|outside plate 'data': site 'z' of the guide", model, without_plate)
     refused("plate 'data' is subsampled", model, guide, subsample_size=3)
     refused("1 of 14 data are outside the support of site 'x'", model, guide, x=X.at[3, 1].set(jnp.nan))
+    with pytest.raises(ValueError, match="no value for parameter 'W' of the model"):
+        inference_gap(random.key(0), model, guide, {n: v for n, v in PARAMS.items() if n != "W"}, X)
     refused("evidence must be one of", model, guide, evidence="nested")
     refused("families must be a sequence", model, guide, families="ffg")
     refused("families have names of their own", model, guide, families=["ffg", LocalOptimizer("ffg")])

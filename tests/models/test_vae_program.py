@@ -1,4 +1,4 @@
-"""The autoencoders: parameter counts, densities, the plate, and other networks."""
+"""The autoencoders: parameter counts, densities, the plate, other networks and other guides."""
 
 import equinox as eqx
 import jax
@@ -13,6 +13,10 @@ from scipy.special import expit, log_softmax
 from scipy.stats import norm
 
 from models import vae
+from models.networks import convolutional_decoder, elu_network, xavier_uniform
+from numpyro_smc import IWELBO
+from numpyro_smc.guides.auxiliary import AuxiliaryFlowGuide
+from numpyro_smc.guides.flow import FlowGuide
 
 X = np.array([[0, 1, 0, 1, 1], [1, 1, 0, 1, 0], [0, 0, 1, 1, 0]], dtype=np.float32)
 SMALL = {
@@ -121,3 +125,95 @@ def test_any_modules_of_the_right_sizes_serve_as_encoder_and_decoder():
     found, _ = log_density(guide, (X,), {}, params | {"z": jnp.asarray(z)})
     code = X.sum(-1, keepdims=True)
     assert float(found) == pytest.approx(norm(code, np.exp(code)).logpdf(z).sum(), rel=1e-5)
+
+
+def layers_of(network) -> list:
+    return [layer for layer in network.layers if hasattr(layer, "weight") and hasattr(layer, "bias")]
+
+
+@pytest.mark.parametrize("name", vae.LAYERS)
+def test_elu_networks_have_the_sizes_of_inference_suboptimality(name):
+    hidden = vae.LAYERS[name]
+    networks = eqx.filter_eval_shape(lambda key: vae.elu_networks(key, 784, 50, 50, *hidden), jax.random.key(0))
+    sizes = [[layer.weight.shape for layer in layers_of(network)] for network in networks]
+    encoder, decoder = ([784, *hidden[0], 150], [50, *hidden[1], 784])
+    assert sizes[0] == list(zip(encoder[1:], encoder[:-1], strict=True))
+    assert sizes[1] == list(zip(decoder[1:], decoder[:-1], strict=True))
+
+
+def test_elu_networks_start_glorot_uniform_and_are_the_written_ones():
+    network = elu_network(jax.random.key(0), (30, 40, 20))
+    first, second = layers_of(network)
+    for layer in (first, second):
+        limit = np.sqrt(6 / sum(layer.weight.shape))
+        assert 0.95 * limit < jnp.abs(layer.weight).max() <= limit
+        np.testing.assert_array_equal(layer.bias, np.zeros_like(layer.bias))
+    hidden = first.weight @ jnp.arange(30.0)
+    expected = second.weight @ np.where(hidden > 0, hidden, np.expm1(hidden))
+    np.testing.assert_allclose(network(jnp.arange(30.0)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_convolutional_networks_have_the_published_shapes():
+    def build(key):
+        return vae.convolutional_networks(key, latent_size=50, context_size=7)
+
+    encoder, decoder = eqx.filter_eval_shape(build, jax.random.key(0))
+    shapes = [
+        [layer.weight.shape for layer in layers_of(network) if layer.weight.ndim > 1] for network in (encoder, decoder)
+    ]
+    assert shapes[0] == [(64, 3, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4), (107, 1024)]
+    assert shapes[1] == [(1024, 50), (128, 256, 4, 4), (64, 128, 4, 4), (3, 64, 4, 4)]
+
+    def through(key):
+        encoder, decoder = build(key)
+        between = [1024, 128 * 6 * 6, 64 * 15 * 15, 3 * 32 * 32]
+        image = jnp.zeros(50)
+        found = []
+        for layer in decoder.layers:
+            image = layer(image)
+            if hasattr(layer, "weight") and layer.weight.ndim > 1:
+                found.append(image.size)
+        assert found == between
+        return encoder(image)
+
+    assert jax.eval_shape(through, jax.random.key(0)).shape == (107,)
+
+
+def test_convolutions_start_glorot_uniform():
+    decoder = convolutional_decoder(jax.random.key(0), 5)
+    layer = decoder.layers[-2]
+    limit = np.sqrt(6 / (16 * (64 + 3)))
+    assert 0.95 * limit < jnp.abs(layer.weight).max() <= limit and not layer.bias.any()
+    other = xavier_uniform(jax.random.key(1), decoder)
+    assert jnp.abs(other.layers[-2].weight - layer.weight).max() > 0.5 * limit
+
+
+@pytest.mark.parametrize("kind", ["affine", "coupling", "auxiliary"])
+def test_flow_guides_take_the_encoder(kind):
+    encoder, decoder = vae.elu_networks(jax.random.key(0), 5, 4, 3, (6,), ())
+    program = vae.gaussian_encoder(encoder, 4)
+    guide = AuxiliaryFlowGuide(program, 2, hidden=5) if kind == "auxiliary" else FlowGuide(program, kind, hidden=5)
+    model = vae.gaussian_model(decoder, 4)
+    params = initial_params(model, guide, X)
+    assert {"encoder$params", "decoder$params"} <= set(params)
+
+    @jax.jit
+    def gradient(params):
+        return jax.grad(lambda p: IWELBO(2).loss(jax.random.key(2), p, model, guide, X, subsample_size=2))(params)
+
+    found = gradient(params)
+    context = layers_of(found["encoder$params"])[-1].bias
+    assert (np.abs(context[:8]) > 0).all()
+    assert (np.abs(context[8:]) > 0).all() == (kind != "affine")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+
+
+def test_the_encoder_program_returns_the_published_moments():
+    encoder, _ = vae.elu_networks(jax.random.key(0), 5, 2, 3, (), ())
+    (weight,) = [layer.weight for layer in layers_of(encoder)]
+    with handlers.seed(rng_seed=0):
+        loc, scale, context = vae.gaussian_encoder(encoder, 2)(jnp.asarray(X))
+    code = X @ np.asarray(weight).T
+    np.testing.assert_allclose(loc, code[:, :2], atol=1e-6)
+    np.testing.assert_allclose(scale, np.exp(code[:, 2:4]), rtol=1e-5)
+    np.testing.assert_allclose(context, np.where(code > 0, code, np.expm1(code))[:, 4:], atol=1e-6)
