@@ -56,6 +56,8 @@ DEFAULT_PROBLEMS = ["bimodal-D2", "bimodal-D5", "gp-rbf2", "gp-rbf2-whitened", "
 #: Settings that choose cells rather than change them.
 FREE = ("problems", "num_transitions", "num_particles", "num_steps", "seeds", "data_dir", "output", "no_progress")
 
+COLOURS = {f"optimal, {n}": f"C{i}" for i, n in enumerate(("reverse", "symmetrised", "forward", "one mode"), 1)}
+
 #: Measured with the published code: bound and mean log variance, by problem and (N, K). Bimodal: 1500 steps alone and
 #: 500 with transitions; Gaussian process: 40,000 and 12,000.
 REFERENCE: dict[str, dict[tuple[int, int], tuple[float, float]]] = {
@@ -235,12 +237,13 @@ def plot(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     )
     for ax, problem in zip(axes[0], problems, strict=True):
         chosen = sorted((row for row in rows if row["problem"] == problem), key=lambda row: (row["N"], row["K"]))
-        labels = [f"N={row['N']}\nK={row['K']}" for row in chosen]
+        labels = [f"{row['N']}, {row['K']}" for row in chosen]
         ax.plot(labels, [row["log variance"] for row in chosen], "o")
         optima = {name: value for name, value in chosen[0].items() if name.startswith("optimal") and value is not None}
-        for number, (name, value) in enumerate(optima.items()):
-            ax.axhline(value, color=f"C{number + 1}", ls=":", label=name.removeprefix("optimal, "))
-        ax.set(title=problem, ylabel="mean log variance of the start" if ax is axes[0, 0] else "")
+        for name, value in optima.items():
+            ax.axhline(value, color=COLOURS[name], ls=":", label=name.removeprefix("optimal, "))
+        ax.tick_params(axis="x", labelrotation=90)
+        ax.set(title=problem, xlabel="N, K", ylabel="mean log variance of the start" if ax is axes[0, 0] else "")
         ax.legend(frameon=False, fontsize="small")
     figure.savefig(folder / f"{NAME}.png", dpi=130)
     plt.close(figure)

@@ -23,15 +23,18 @@ METHODS = ("weighted", "final", "initial")
 
 @lru_cache(maxsize=32)
 def compiled_draws(sampler: DSMCS, model: Program, guide: Program, num_samples: int, method: str) -> Compiled:
-    """A function ``(rng_key, params, args, kwargs)`` to values of the guide's latent sites, ``[num_samples, ...]``."""
+    """A function ``(rng_key, params, args, kwargs)`` to values of the guide's latent sites, ``[num_samples, ...]``, and
+    log evidences of the runs.
+    """
 
-    def draws(rng_key: Array, params: Params, args: Any, kwargs: Any) -> dict[str, Array]:
+    def draws(rng_key: Array, params: Params, args: Any, kwargs: Any) -> tuple[dict[str, Array], Array]:
         run_key, path = sampler.path(rng_key, params, model, guide, args, kwargs)
 
-        def one(rng_key: Array) -> dict[str, Array]:
+        def one(rng_key: Array) -> tuple[dict[str, Array], Array]:
             if method == "initial":
-                return path.target.values(path.target.draw(rng_key, jnp.asarray(0)))
-            return draw(rng_key, path, sampler, weighted=method == "weighted")[0]
+                values = path.target.values(path.target.draw(rng_key, jnp.asarray(0)))
+                return values, jnp.zeros(path.target.plates.shape)
+            return draw(rng_key, path, sampler, weighted=method == "weighted")
 
         return lax.map(one, random.split(run_key, num_samples))
 

@@ -19,6 +19,7 @@ from numpyro_smc.engines.transitions import KERNELS, Kernel
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.guide_target import GuideTarget
+from numpyro_smc.programs.nonfinite import check_finite
 from numpyro_smc.programs.resample import Decision, build, replace_dead
 from numpyro_smc.programs.resampling import Scheme, bernoulli, gapped_straight_through, resolve
 from numpyro_smc.reports.annealing import AnnealingDiagnostics
@@ -185,10 +186,12 @@ class DSMCS(ELBO):
         :param num_runs: independent runs; ``num_mc`` by default.
         :return: an :class:`~numpyro_smc.reports.annealing.AnnealingDiagnostics`; with a warning that counts them, if
             step sizes were driven to zero.
+        :raises FloatingPointError: naming the sites, if no run has a finite evidence.
         """
         runs = compiled_runs(self, model, guide, num_runs or self.num_mc)
         log_evidence, ess, resampled, schedule = runs(rng_key, params, args, kwargs)
         self._warn_of_vanished_steps(schedule.step_sizes)
+        self._check_finite(log_evidence, params, model, guide, args, kwargs)
         return AnnealingDiagnostics(log_evidence, ess, resampled, schedule, self.num_particles)
 
     def sample_posterior(
@@ -208,17 +211,21 @@ class DSMCS(ELBO):
         :param method: ``"weighted"`` (a particle drawn by its final weight: the approximation that the bound is about),
             ``"final"`` (any final particle) or ``"initial"`` (a draw from the guide).
         :return: values of the guide's latent sites, ``[num_samples, ...]``.
+        :raises FloatingPointError: naming the sites, if no run has a finite evidence.
         """
         if method not in METHODS:
             raise ValueError(f"{type(self).__name__}: method must be one of {METHODS}, got {method!r}.")
-        return compiled_draws(self, model, guide, num_samples, method)(rng_key, params, args, kwargs)
+        draws = compiled_draws(self, model, guide, num_samples, method)
+        values, log_evidence = draws(rng_key, params, args, kwargs)
+        self._check_finite(log_evidence, params, model, guide, args, kwargs)
+        return values
 
     def path(
         self, rng_key: Array, params: Params, model: Program, guide: Program, args: Any, kwargs: Any
     ) -> tuple[Array, AnnealedPath]:
         """A key for its runs, and the annealed path from guide to model at given parameters."""
         plate_key, program_key, run_key = random.split(rng_key, 3)
-        pair = Pair(model, guide, args, kwargs, plate_key, self.plates, type(self).__name__, self.num_particles)
+        pair = self._pair(plate_key, model, guide, args, kwargs)
         target = GuideTarget(pair, params, program_key)
         score = learned_score.bind(pair.user, params, target) if self._has_score else None
         return run_key, AnnealedPath(target, self.kernel, self.schedule.at(params), score)
@@ -234,6 +241,17 @@ class DSMCS(ELBO):
     @property
     def _has_score(self) -> bool:
         return self.kernel.has_score and self.schedule.num_transitions > 0
+
+    def _pair(self, plate_key: Array, model: Program, guide: Program, args: Any, kwargs: Any) -> Pair:
+        return Pair(model, guide, args, kwargs, plate_key, self.plates, type(self).__name__, self.num_particles)
+
+    def _check_finite(
+        self, log_evidence: Array, params: Params, model: Program, guide: Program, args: Any, kwargs: Any
+    ) -> None:
+        """:raises FloatingPointError: naming the sites, for problems of which no run has a finite evidence."""
+        if not isinstance(log_evidence, jax.core.Tracer):
+            pair = self._pair(random.key(0), model, guide, args, kwargs)
+            check_finite(jnp.max(log_evidence, axis=0), pair, params)
 
     def _warn_of_vanished_steps(self, step_sizes: Array) -> None:
         if isinstance(step_sizes, jax.core.Tracer):

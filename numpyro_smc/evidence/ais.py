@@ -14,13 +14,13 @@ from numpyro.util import find_stack_level
 from numpyro_smc.evidence import annealing
 from numpyro_smc.evidence.annealing import Annealed, Path
 from numpyro_smc.evidence.estimate import Evidence, log_mean_and_error
-from numpyro_smc.evidence.nonfinite import as_arrays, check_finite
 from numpyro_smc.evidence.rows import batches, check_densities, check_plates, cut
 from numpyro_smc.programs.arguments import check_between, check_positive
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.guide_target import GuideTarget, State
+from numpyro_smc.programs.nonfinite import as_arrays, check_finite
 from numpyro_smc.programs.sites import BatchPlates
 
 SCHEDULES = ("linear", "sigmoid", "adaptive")

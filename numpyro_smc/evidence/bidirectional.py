@@ -11,11 +11,11 @@ from jax import Array, random
 
 from numpyro_smc.evidence.ais import AIS, BothWays, Problem
 from numpyro_smc.evidence.estimate import log_mean_and_error
-from numpyro_smc.evidence.nonfinite import as_arrays
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled, is_array
 from numpyro_smc.programs.density import Params
 from numpyro_smc.programs.guide_target import State
+from numpyro_smc.programs.nonfinite import as_arrays
 from numpyro_smc.programs.simulation import Simulate, simulated
 from numpyro_smc.programs.sites import BatchPlates
 from numpyro_smc.reports.plots import new_axes

@@ -14,7 +14,6 @@ from numpyro_smc.evidence.ais import AIS
 from numpyro_smc.evidence.bidirectional import BoundsFromBothSides, bidirectional
 from numpyro_smc.evidence.estimate import log_mean_and_error
 from numpyro_smc.evidence.marginal_likelihood import log_marginal_likelihood
-from numpyro_smc.evidence.nonfinite import as_arrays
 from numpyro_smc.guides.data_rows import DataRows, check_rows, data_rows, inspector
 from numpyro_smc.guides.gap_result import InferenceGap
 from numpyro_smc.guides.local import LocalOptimizer
@@ -22,6 +21,7 @@ from numpyro_smc.guides.resumable import identity_of, over_rows
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Params, Program, log_weights
+from numpyro_smc.programs.nonfinite import as_arrays
 from numpyro_smc.programs.pareto import pareto_k
 
 EVIDENCE = {"best": ("ais", "iwae"), "ais": ("ais",), "iwae": ("iwae",), "smc": ("smc",)}

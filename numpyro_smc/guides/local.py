@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
-from numpyro_smc.evidence.nonfinite import as_arrays
 from numpyro_smc.guides.data_rows import DataRows, check_rows, data_rows, inspector
 from numpyro_smc.guides.local_search import GAUSSIANS, optima
 from numpyro_smc.guides.resumable import identity_of, over_rows
 from numpyro_smc.programs.arguments import check_between, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Params, Program
+from numpyro_smc.programs.nonfinite import as_arrays
 from numpyro_smc.reports.summaries import mean_and_error
 
 _USER = "LocalOptimizer"

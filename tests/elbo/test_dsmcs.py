@@ -290,3 +290,17 @@ def test_what_cannot_be_annealed_is_refused_by_name():
             DSMCS(2, 2, **options)
     with pytest.raises(ValueError, match="does not resample"):
         DAIS(2, 2, ess_threshold=0.3)
+
+
+def test_densities_that_are_not_finite_are_reported_with_their_site():
+    def outside(x):
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0))
+        numpyro.sample("x", dist.HalfNormal(1.0 + z**2), obs=x)
+
+    def outside_guide(x):
+        numpyro.sample("z", dist.Normal(0.0, 1.0))
+
+    loss = DAIS(2, 2, learn=())
+    for ask in (loss.diagnostics, loss.sample_posterior):
+        with pytest.raises(FloatingPointError, match="'x' of the model"):
+            ask(random.key(0), {}, outside, outside_guide, jnp.array(jnp.nan))
