@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 from jax import Array
 from numpyro.distributions import constraints
@@ -81,7 +82,7 @@ class LearnedSchedule:
 
     def num_vanished(self, step_sizes: Array) -> int:
         """How many transitions hardly move."""
-        return int(jnp.sum(step_sizes < _VANISHED * self.step_size_max))
+        return int(np.sum(np.asarray(step_sizes) < _VANISHED * self.step_size_max))
 
 
 def undeclared(user: str, names: list[str]) -> ValueError:

@@ -138,13 +138,20 @@ def hmc(
             kicked[name] = v + fraction * moves[name] * force
         return kicked
 
-    def leapfrog(i: Array, carry: tuple[Chains, State]) -> tuple[Chains, State]:
-        at, momentum = carry
-        at = chains_at(target, {name: z + moves[name] * momentum[name] for name, z in at.position.items()})
-        return at, kick(momentum, at, 1.0)
+    def drift(position: State, momentum: State) -> State:
+        return {name: z + moves[name] * momentum[name] for name, z in position.items()}
 
-    end, last = lax.fori_loop(0, num_leapfrog, leapfrog, (chains, kick(momentum, chains, 0.5)))
-    last = kick(last, end, -0.5)
+    def leapfrog(i: Array, carry: tuple[State, State]) -> tuple[State, State]:
+        # The log densities themselves are needed at the end only: here nothing but gradients is computed.
+        position, momentum = carry
+        momentum = kick(momentum, chains_at(target, position), 1.0)
+        return drift(position, momentum), momentum
+
+    kicked = kick(momentum, chains, 0.5)
+    carry = (drift(chains.position, kicked), kicked)
+    position, kicked = lax.fori_loop(0, num_leapfrog - 1, leapfrog, carry)
+    end = chains_at(target, position)
+    last = kick(kicked, end, 0.5)
     gain = _blend(end.ends.base, end.ends.target, beta) - _blend(chains.ends.base, chains.ends.target, beta)
     log_ratio = gain + 0.5 * (_squared_norm(momentum, rank) - _squared_norm(last, rank))
     acceptance = jnp.where(jnp.isnan(log_ratio), 0.0, jnp.exp(jnp.minimum(log_ratio, 0.0)))

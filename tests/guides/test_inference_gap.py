@@ -147,6 +147,27 @@ def test_finished_batches_survive_ctrl_c_and_a_restart_ends_with_the_same_number
             run(checkpoint=path, **other)
 
 
+def test_the_bound_of_an_auxiliary_guide_is_that_of_the_extended_space():
+    """z = encoder's + c v with r(v) = N(0, 1) whatever z: L[q] is less than the Gaussian's by c' Lambda c / 2."""
+    spread = jnp.array([0.4, -0.3])
+
+    def guide(x):
+        with numpyro.plate("data", len(x)):
+            v = numpyro.sample("v", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+            loc = x @ PARAMS["A"].T + PARAMS["a"] + spread * v[:, None]
+            base = numpyro.sample("base", dist.Normal(loc, PARAMS["s"]).to_event(1), infer={"is_auxiliary": True})
+            log_r = dist.Normal(0.0, 1.0).log_prob(v)
+            numpyro.sample("z", dist.Delta(base, log_density=-log_r, event_dim=1))
+
+    found = inference_gap(random.key(0), PROGRAMS[0], guide, PARAMS, X, **{**SETTINGS, "evidence": "ais"})
+    precision = np.linalg.inv(linear_gaussian_vae.posterior(PARAMS, X).covariance)
+    loss = 0.5 * np.asarray(spread) @ precision @ np.asarray(spread)
+    assert loss > 0.3
+    assert np.all(np.abs(found.elbo - (ELBO - loss)) < 5 * found.elbo_error)
+    assert np.all(np.abs(found.log_p - LOG_P) < 5 * found.log_p_error + 1e-4)
+    assert np.all(np.abs(found.elbo_star["ffg"] - STAR) < 5 * found.elbo_star_error["ffg"] + 0.01)
+
+
 def test_what_speaks_against_the_numbers_is_said(gap):
     found = {**vars(gap), "converged": {"ffg": np.arange(NUM) > 2}, "log_p": gap.log_p - 3.0, "evidence": "iwae"}
     found |= {"pareto_k": np.full(NUM, 0.9), "log_p_error": np.where(np.arange(NUM) < 4, 0.7, 0.01)}

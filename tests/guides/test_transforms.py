@@ -41,7 +41,8 @@ def planar(scale=1.0):
 
 def sylvester(scale=1.0):
     reflections, bias = normal(4, NUM_ROWS, 3, SIZE), normal(7, NUM_ROWS, 3)
-    first, second = normal(5, NUM_ROWS, 3, 3), normal(6, NUM_ROWS, 3, 3)
+    first = normal(5, NUM_ROWS, 3, 3)
+    second = jnp.where(jnp.eye(3, dtype=bool), -first, normal(6, NUM_ROWS, 3, 3))  # products of -1 without the bound
     return SylvesterTransform(scale * reflections, scale * first, scale * second, scale * bias)
 
 
@@ -137,13 +138,17 @@ def test_transforms_are_pytrees_and_batches_are_rows(name):
     np.testing.assert_allclose(many.log_prob(value), many.log_prob(value, intermediates), atol=2e-5)
 
 
-@pytest.mark.parametrize("name", ["sigmoid coupling", "tanh coupling", "exp coupling", "planar", "sylvester"])
+@pytest.mark.parametrize(
+    "name",
+    ["sigmoid coupling", "tanh coupling", "exp coupling", "stretching planar", "squeezing planar", "sylvester"],
+)
 def test_extreme_inputs_and_parameters_give_finite_values_and_gradients(name):
     make = {
         "sigmoid coupling": lambda scale: coupling("sigmoid", scale),
         "tanh coupling": lambda scale: coupling("tanh", scale),
         "exp coupling": lambda scale: coupling("exp", scale),
-        "planar": planar,
+        "stretching planar": planar,
+        "squeezing planar": lambda scale: PlanarTransform(-planar(scale).u, planar(scale).w, planar(scale).b),
         "sylvester": sylvester,
     }[name]
 
@@ -189,6 +194,12 @@ def test_planar_and_sylvester_are_the_published_formulas():
         first, second = (np.triu(r, 1) + np.diag(0.999 * np.tanh(np.diag(r))) for r in (first, second))
         expected = x[row] + q @ first @ np.tanh(second @ q.T @ x[row] + bias)
         np.testing.assert_allclose(transform(jnp.asarray(x, jnp.float32))[row], expected, atol=1e-5)
+
+
+def test_no_diagonal_makes_a_sylvester_transform_singular():
+    transform = SylvesterTransform(jnp.ones((1, 2)), 9.0 * jnp.eye(2), -9.0 * jnp.eye(2), jnp.zeros(2))
+    expected = 2 * np.log1p(-((0.999 * np.tanh(9.0)) ** 2))
+    np.testing.assert_allclose(transform.log_abs_det_jacobian(jnp.zeros(2), jnp.zeros(2)), expected, rtol=1e-4)
 
 
 def test_the_monotone_equation_is_solved_and_differentiated_to_second_order():
@@ -244,6 +255,8 @@ def test_inverse_autoregressive_flow_is_autoregressive():
         jacobian = blocks(transform, x)
         np.testing.assert_array_equal(np.triu(jacobian, 1), np.zeros_like(jacobian))
         assert (np.abs(jacobian)[:, *np.tril_indices(SIZE, -1)] > 0).all()
+        scales = np.diagonal(jacobian, axis1=1, axis2=2)
+        np.testing.assert_allclose(np.log(scales).sum(-1), transform.log_abs_det_jacobian(x, transform(x)), atol=1e-5)
     np.testing.assert_array_equal(permutation(x), x[:, ::-1])
 
 
