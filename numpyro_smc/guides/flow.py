@@ -188,12 +188,12 @@ def encode(
             f"{user}: the encoder must return (loc, scale) or (loc, scale, context), got "
             f"{f'{len(found)} values' if isinstance(found, tuple | list) else type(found).__name__}."
         )
-    batch = () if plate is None else rows.shape[:1]
     for name, value in zip(("loc", "scale", "context"), found, strict=False):
-        if jnp.shape(value)[:-1] != batch or not jnp.ndim(value):
+        batch = jnp.shape(value)[:-1]
+        if not jnp.ndim(value) or batch != rows.shape[: len(batch)] or (plate is not None and not batch):
             raise ValueError(
                 f"{user}: the encoder returned {name} of shape {jnp.shape(value)} for data of shape {rows.shape}; "
-                f"expected one vector {'' if plate is None else 'per row '}(shape {(*batch, '...')})."
+                f"expected one vector{'' if plate is None else f' per row (shape ({rows.shape[0]}, ...))'}."
             )
     if jnp.shape(found[0]) != jnp.shape(found[1]):
         raise ValueError(

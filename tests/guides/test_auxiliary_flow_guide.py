@@ -245,6 +245,16 @@ def test_the_extended_model_shares_the_plate_and_leaves_the_model_alone():
     assert trace["z"]["value"].shape == (2, 2) and trace["z"]["scale"] == trace["z_base"]["scale"] == 1.5
 
 
+def test_its_statements_stand_in_any_plates():
+    def program(x):
+        with numpyro.plate("outer", 4, dim=-2), numpyro.plate("inner", 3, dim=-1):
+            return GUIDE.sample(x)
+
+    x = random.normal(random.key(0), (4, 3, 2))
+    trace = handlers.trace(handlers.seed(handlers.substitute(program, data=PARAMS), 1)).get_trace(x)
+    assert all(trace[name]["fn"].batch_shape == (4, 3) for name in ("z_base", "z_auxiliary_base", "z"))
+
+
 def test_what_does_not_fit_is_refused_by_name():
     def run(guide, x=X):
         with handlers.seed(rng_seed=0):

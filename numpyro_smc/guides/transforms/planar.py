@@ -1,5 +1,7 @@
 """The planar transform: one hyperplane along which space is stretched or squeezed."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from numpyro_smc.guides.transforms.monotone import root
 
 #: The least slope along the hyperplane's normal.
 LEAST_SLOPE = 1e-3
+_AT_ZERO = math.log(math.e - 1.0)  # softplus of it is one
 _SHORTEST = 1e-12  # squared length of a normal that counts as one
 
 
@@ -105,7 +108,7 @@ class PlanarTransform(Transform):
         r""":math:`\hat u`, and :math:`1 + \hat u^\top w`, the slope in the middle, without cancellation."""
         along, length = jnp.sum(self.w * self.u, axis=-1), jnp.sum(self.w**2, axis=-1)
         is_vector = length > _SHORTEST
-        slope = LEAST_SLOPE + (1.0 - LEAST_SLOPE) * jax.nn.softplus(along + np.log(np.e - 1.0))
+        slope = LEAST_SLOPE + (1.0 - LEAST_SLOPE) * jax.nn.softplus(along + _AT_ZERO)
         correction = jnp.where(is_vector, (slope - 1.0 - along) / jnp.where(is_vector, length, 1.0), 0.0)
         return self.u + correction[..., None] * self.w, jnp.where(is_vector, slope, 1.0 + along)
 
