@@ -144,28 +144,25 @@ class SylvesterTransform(Transform):
 def sylvester_flow(
     name: str, size: int, context: Array | None = None, num_transforms: int = 2, rank: int | None = None
 ) -> list[Transform]:
-    """Sylvester transforms whose parameters are affine functions of the context, ``"{name}_{i}$params"``.
+    """Sylvester transforms whose triangles and biases are affine functions of the context, ``"{name}_{i}$params"``.
+
+    The directions, ``"{name}_{i}_directions$params"``, are shared by all data: with directions of their own for every
+    datum, training goes much more slowly.
 
     :param size: number of coordinates.
     :param context: ``[*batch, C]``; without it all data share one flow.
     :param rank: directions of each transform, by default ``min(size, 8)``; as many reflections.
     """
     rank = min(size, 8) if rank is None else rank
-    lengths = np.array([rank * size, rank * rank, rank * rank, rank])
-    scales = np.repeat([1.0, 0.01, rank**-0.5, 0.0], lengths)
+    lengths = np.array([rank * rank, rank * rank, rank])
+    scales = np.repeat([0.01, rank**-0.5, 0.0], lengths)
     flow: list[Transform] = []
     for i in range(num_transforms):
+        reflections = amortised(f"{name}_{i}_directions", rank * size, None, 1.0).reshape(rank, size)
         numbers = amortised(f"{name}_{i}", int(lengths.sum()), context, scales)
-        reflections, first, second, bias = jnp.split(numbers, np.cumsum(lengths)[:-1], axis=-1)
-        batch = numbers.shape[:-1]
-        flow.append(
-            SylvesterTransform(
-                reflections.reshape(*batch, rank, size),
-                first.reshape(*batch, rank, rank),
-                second.reshape(*batch, rank, rank),
-                bias,
-            )
-        )
+        first, second, bias = jnp.split(numbers, np.cumsum(lengths)[:-1], axis=-1)
+        square = (*numbers.shape[:-1], rank, rank)
+        flow.append(SylvesterTransform(reflections, first.reshape(square), second.reshape(square), bias))
     return flow
 
 
