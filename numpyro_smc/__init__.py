@@ -25,6 +25,11 @@ from numpyro_smc.filtering.filter import ParticleFilter
 from numpyro_smc.filtering.result import FilterResult
 from numpyro_smc.filtering.streaming import FilterState
 from numpyro_smc.guides.auto_dsmcs import AutoDSMCS
+from numpyro_smc.guides.auxiliary import AuxiliaryFlowGuide, extend_guide, extend_model
+from numpyro_smc.guides.flow import FlowGuide, flow
+from numpyro_smc.guides.gap_result import InferenceGap
+from numpyro_smc.guides.inference_gap import inference_gap
+from numpyro_smc.guides.local import LocalOptimizer, LocalOptimum
 from numpyro_smc.programs import resampling
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.twist import gauss_hermite, twist
@@ -50,6 +55,7 @@ __all__ = [
     "VIMCO",
     "ActiveUnits",
     "AutoDSMCS",
+    "AuxiliaryFlowGuide",
     "BoundGap",
     "BoundsFromBothSides",
     "DReG",
@@ -58,7 +64,11 @@ __all__ = [
     "FilterResult",
     "FilterState",
     "FitResult",
+    "FlowGuide",
     "GradientStatistics",
+    "InferenceGap",
+    "LocalOptimizer",
+    "LocalOptimum",
     "ParticleFilter",
     "Reinforce",
     "SMCKernel",
@@ -69,10 +79,14 @@ __all__ = [
     "alternating",
     "bidirectional",
     "bootstrap",
+    "extend_guide",
+    "extend_model",
     "fit",
+    "flow",
     "gauss_hermite",
     "gradient_statistics",
     "importance",
+    "inference_gap",
     "kl_q_p",
     "log_evidence",
     "log_marginal_likelihood",

@@ -72,7 +72,7 @@ def test_the_learning_rate_falls_in_eight_stages():
 
 
 def test_references_stand_beside_mnist_only():
-    options = inference_gap.parse_arguments(["--families", "ffg", "--epochs", "10"])
+    options = inference_gap.parse_arguments(["--families", "ffg", "--epochs", "10", "--warm_up", "0"])
     row = {"experiment": "A-ffg", "log p": -86.0, "L[q]": -90.0, "L[q*] ffg": -88.0}
     lines = {line["quantity"]: line for line in inference_gap.beside_reference(row, options, on_mnist=True)}
     reference = {name: line["reference"] for name, line in lines.items()}
@@ -85,6 +85,8 @@ def test_references_stand_beside_mnist_only():
         "amortisation ffg": 2.13,
         "inference": 4.19,
     }
+    frozen = inference_gap.beside_reference(row | {"experiment": "E-ffg"}, options, on_mnist=True)
+    assert frozen[0]["quantity"] == "test ELBO" and frozen[0]["reference"] == ""
     digits = inference_gap.beside_reference(row, options, on_mnist=False)
     assert all(line["reference"] == "" for line in digits) and digits[1]["nats"] == -86.0
     assert set(inference_gap.REFERENCE) == set(inference_gap.EXPERIMENTS)
