@@ -12,7 +12,15 @@ import numpyro_smc
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-RESULTS = ("ActiveUnits", "BoundGap", "BoundsFromBothSides", "Evidence", "GradientStatistics")
+RESULTS = (
+    "ActiveUnits",
+    "BoundGap",
+    "BoundsFromBothSides",
+    "Evidence",
+    "GradientStatistics",
+    "InferenceGap",
+    "LocalOptimum",
+)
 MODULES = [m.name for m in pkgutil.walk_packages(numpyro_smc.__path__, "numpyro_smc.")]
 
 
