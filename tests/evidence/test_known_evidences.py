@@ -94,17 +94,17 @@ def assert_tight_and_right(bounds, log_evidence):
     assert_unbiased_evidence(truth - np.asarray(bounds.upper), 0.0)
 
 
-CERTIFIED = {"num_chains": 16, "num_temperatures": 800, "num_leapfrog": 5, "schedule": "adaptive"}
+CERTIFIED = {"num_chains": 16, "num_temperatures": 2000, "num_leapfrog": 5, "schedule": "adaptive"}
 
 
 def test_bounds_from_both_sides_are_tight_on_eight_schools():
-    """24 simulated sets of schools, each with its evidence by quadrature."""
-    bounds = bidirectional(random.key(0), AIS(eight_schools.model, **CERTIFIED), *SCHOOLS, num_simulated=24)
+    """96 simulated sets of schools, each with its evidence by quadrature."""
+    bounds = bidirectional(random.key(0), AIS(eight_schools.model, **CERTIFIED), *SCHOOLS, num_simulated=96)
     assert_tight_and_right(bounds, lambda *args: eight_schools.integrals(*args).log_evidence)
 
 
 def test_bounds_from_both_sides_are_tight_on_a_conjugate_regression():
-    """24 simulated data sets of 20 rows, five weights."""
+    """96 simulated data sets of 20 rows, five weights."""
     x, y, noise_scale = linear_regression.random_problem(np.random.default_rng(1), 20, 5)
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
 
@@ -112,7 +112,7 @@ def test_bounds_from_both_sides_are_tight_on_a_conjugate_regression():
         return (x, seen["y"], noise_scale), {}
 
     ais = AIS(linear_regression.model, **CERTIFIED)
-    bounds = bidirectional(random.key(0), ais, x, y, noise_scale, num_simulated=24, simulate=simulate)
+    bounds = bidirectional(random.key(0), ais, x, y, noise_scale, num_simulated=96, simulate=simulate)
     assert_tight_and_right(bounds, linear_regression.log_evidence)
 
 
