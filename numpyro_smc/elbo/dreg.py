@@ -9,7 +9,8 @@ from jax import Array, lax, random
 
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, PathwiseELBO, weighted_sum
-from numpyro_smc.programs.density import Densities, Pair, Params, is_point
+from numpyro_smc.programs.density import Densities, Pair, Params
+from numpyro_smc.programs.guide_target import moves
 
 
 @jax.tree_util.register_dataclass
@@ -82,10 +83,10 @@ class DReG(PathwiseELBO):
         fixed = lax.stop_gradient(params)
         draw = self._draw(pair, guide_key, index, params)
         fixed = {name: {**site, "value": lax.stop_gradient(site["value"])} for name, site in draw.trace.items()}
-        # Point masses have no score to reparameterise: their parameters act like the model's.
+        # Point masses and factors have no score to reparameterise: their parameters act like the model's.
         still = pair.redraw(guide_key, index, params, draw._replace(trace=fixed))
         of_model = pair.densities(still, pair.run_model(model_key, index, params, still))
-        drawn = [name for name, site in still.trace.items() if site["type"] == "sample" and not is_point(site["fn"])]
+        drawn = [name for name, site in still.trace.items() if moves(site)]
         moving = pair.redraw(guide_key, index, lax.stop_gradient(params), draw)
         of_draws = pair.densities(moving, pair.run_model(model_key, index, lax.stop_gradient(params), moving))
         return _TwoPaths(**vars(of_draws), of_model=of_model.with_fixed_guide(drawn))

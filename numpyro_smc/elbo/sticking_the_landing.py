@@ -8,7 +8,8 @@ from jax import Array, lax, random
 
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, PathwiseELBO
-from numpyro_smc.programs.density import Densities, Pair, Params, is_point
+from numpyro_smc.programs.density import Densities, Pair, Params
+from numpyro_smc.programs.guide_target import moves
 
 
 class STL(PathwiseELBO):
@@ -58,7 +59,7 @@ class STL(PathwiseELBO):
         draw = self._draw(pair, guide_key, index, params)
         model = pair.run_model(model_key, index, params, draw)
         fixed = pair.densities(pair.redraw(guide_key, index, lax.stop_gradient(params), draw), model)
-        # Point masses have no score to leave out: what they add to the density acts like the model's.
-        points = {name for name in fixed.log_q if is_point(draw.trace[name]["fn"])}
-        moving = pair.densities(draw, model).log_q if points else {}
-        return replace(fixed, log_q={**fixed.log_q, **{name: moving[name] for name in points}})
+        # Point masses and factors have no score to leave out: what they add to the density acts like the model's.
+        others = {name for name in fixed.log_q if not moves(draw.trace[name])}
+        moving = pair.densities(draw, model).log_q if others else {}
+        return replace(fixed, log_q={**fixed.log_q, **{name: moving[name] for name in others}})
