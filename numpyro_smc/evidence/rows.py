@@ -10,12 +10,16 @@ from numpyro_smc.programs.compiled import is_array
 from numpyro_smc.programs.sites import BatchPlates
 
 
+def has_rows(leaf: Any, num_rows: int) -> bool:
+    """Whether a leaf is an array whose leading axis has ``num_rows`` elements."""
+    return is_array(leaf) and np.ndim(leaf) > 0 and np.shape(leaf)[0] == num_rows
+
+
 def cut(tree: Any, num_rows: int, first: int, size: int) -> Any:
     """Rows ``first`` to ``first + size`` of every array whose leading axis has ``num_rows`` elements."""
 
     def rows(leaf: Any) -> Any:
-        has_rows = is_array(leaf) and np.ndim(leaf) > 0 and np.shape(leaf)[0] == num_rows
-        return leaf[first : first + size] if has_rows else leaf
+        return leaf[first : first + size] if has_rows(leaf, num_rows) else leaf
 
     return jax.tree.map(rows, tree)
 
@@ -37,13 +41,16 @@ def check_plates(whole: BatchPlates, part: BatchPlates, size: int, user: str) ->
         )
 
 
-def check_densities(whole: Any, part: Any, user: str) -> None:
-    """:raises ValueError: unless the densities of a batch are those of the same rows of the whole."""
+def are_same(whole: Any, part: Any) -> bool:
+    """Whether log densities agree, up to what another order of the same sums may change."""
     whole, part = np.asarray(whole, np.float64), np.asarray(part, np.float64)
     finite = np.isfinite(whole)
-    if not np.array_equal(finite, np.isfinite(part)) or not np.allclose(
-        whole[finite], part[finite], rtol=1e-3, atol=1e-3
-    ):
+    return np.array_equal(finite, np.isfinite(part)) and np.allclose(whole[finite], part[finite], rtol=1e-3, atol=1e-3)
+
+
+def check_densities(whole: Any, part: Any, user: str) -> None:
+    """:raises ValueError: unless the densities of a batch are those of the same rows of the whole."""
+    if not are_same(whole, part):
         raise ValueError(
             f"{user}: batch_size runs the programs on rows of those array arguments whose leading axis has as many "
             f"elements as the data's plate, and the densities of the first batch differ from those of the same rows of "

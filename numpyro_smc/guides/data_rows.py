@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
-from numpyro_smc.evidence.rows import batches
+from numpyro_smc.evidence.rows import are_same, batches, has_rows
 from numpyro_smc.programs.bootstrap import bootstrap
-from numpyro_smc.programs.compiled import Compiled, is_array
+from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Pair, Params, Program, Trace
 from numpyro_smc.programs.guide_target import GuideTarget
 from numpyro_smc.programs.sites import Site, is_latent, is_observed, plate_scales, site_mask
@@ -86,7 +86,7 @@ def data_rows(
         raise ValueError(_no_plate(of_model, of_guide, user))
     (name, *_), (num, *_) = plates.names, plates.shape
     leaves, treedef = jax.tree.flatten((args, kwargs))
-    is_row = tuple(is_array(leaf) and np.ndim(leaf) > 0 and np.shape(leaf)[0] == num for leaf in leaves)
+    is_row = tuple(has_rows(leaf, num) for leaf in leaves)
     if not any(is_row):
         raise ValueError(
             f"{user}: no array argument has as many rows as plate '{name}' has elements ({num}). Pass the data as an "
@@ -155,11 +155,7 @@ def _outside(site: Site, num: int) -> Array:
 
 
 def _check_same(whole: Array, alone: Array, user: str) -> None:
-    first, second = np.asarray(whole, np.float64), np.asarray(alone, np.float64)
-    finite = np.isfinite(first)
-    if not np.array_equal(finite, np.isfinite(second)) or not np.allclose(
-        first[finite], second[finite], rtol=1e-3, atol=1e-3
-    ):
+    if not are_same(whole, alone):
         raise ValueError(
             f"{user}: the programs are run on single rows of those array arguments whose leading axis is that of the "
             f"data's plate, and the model's densities there differ from those of the same rows among others. Let each "

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_if_given, check_positive
 from numpyro_smc.programs.resampling import Scheme, resolve
 from numpyro_smc.programs.unconstrained import UnconstrainedModel
 from numpyro_smc.samplers import moves as moves_module
@@ -33,8 +33,7 @@ def check_options(
     check_positive("SMCSampler", num_particles=num_particles)
     if num_particles < 2:
         raise ValueError(f"SMCSampler: num_particles must be at least 2, got {num_particles}.")
-    if num_moves is not None:
-        check_positive("SMCSampler", num_moves=num_moves)
+    check_if_given("SMCSampler", num_moves=num_moves, waste_free=waste_free)
     if not 0.0 < target_ess < 1.0:
         raise ValueError(
             f"SMCSampler: target_ess must lie strictly between 0 and 1, got {target_ess}. It is the fraction of "
@@ -43,7 +42,6 @@ def check_options(
     if not 0.0 <= ess_threshold <= 1.0:
         raise ValueError(f"SMCSampler: ess_threshold must lie in [0, 1], got {ess_threshold}.")
     if waste_free is not None:
-        check_positive("SMCSampler", waste_free=waste_free)
         if waste_free < 2 or num_particles % waste_free or num_particles == waste_free:
             raise ValueError(
                 f"SMCSampler: waste_free={waste_free} must be at least 2 and a proper divisor of "

@@ -13,6 +13,7 @@ from jax import Array, random
 
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.reports.arviz_export import inference_data
+from numpyro_smc.reports.plots import new_axes
 from numpyro_smc.samplers.genealogy import log_scale_error, mean_error
 from numpyro_smc.samplers.progress import Progress
 from numpyro_smc.samplers.thermodynamics import LogEvidence, Thermodynamics
@@ -266,10 +267,7 @@ class SMCResult:
         :param ax: Matplotlib axes; new ones by default.
         :return: the axes.
         """
-        if ax is None:
-            from matplotlib import pyplot
-
-            _, ax = pyplot.subplots(layout="constrained")
+        ax = new_axes() if ax is None else ax
         stages = np.arange(1, len(self.betas) + 1)
         curves = {"temperature": self.betas, "ESS / N": self.ess / self.num_particles, "acceptance": self.acceptance}
         for name, values in curves.items():

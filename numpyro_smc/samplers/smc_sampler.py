@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_if_given, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.unconstrained import Program, Split, UnconstrainedModel
@@ -141,9 +141,8 @@ class SMCSampler:
         max_stages: int = 1000,
     ) -> None:
         check_options(num_particles, num_moves, target_ess, ess_threshold, waste_free, persistent, tune, init_guide)
-        check_positive(
-            "SMCSampler", max_stages=max_stages, **({} if batch_size is None else {"batch_size": batch_size})
-        )
+        check_positive("SMCSampler", max_stages=max_stages)
+        check_if_given("SMCSampler", batch_size=batch_size)
         self.model = model
         self.num_particles = int(num_particles)
         self.guide: Program | None
