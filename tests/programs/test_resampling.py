@@ -229,13 +229,14 @@ def test_offspring_counts_keep_their_bounds(name):
 
 @pytest.mark.parametrize("name", ["residual", "ssp"])
 def test_rounding_of_expected_offspring_leaves_no_slot_to_the_dead(name):
-    num_samples = 4_000_000
-    for seed in range(2):
+    num_samples, miscounts = 4_000_000, []
+    for seed in range(12):
         log_weights = half_dead_cloud(seed, 1000)
         weights = scaled_weights(log_weights)
         expected = num_samples * weights / weights.sum()
-        assert abs(np.asarray(expected, np.float64).sum() - num_samples) > 0.5  # float32 miscounts by one
+        miscounts.append(abs(np.asarray(expected, np.float64).sum() - num_samples))
         assert_valid(draw(name)(jax.random.key(seed), log_weights, num_samples), log_weights)
+    assert max(miscounts) > 0.5  # in float32 some cloud is miscounted by one, whichever way its sums are ordered
 
 
 @pytest.mark.parametrize(("name", "num_samples"), [("killing", 7), *((name, n) for name in ANY_SIZE for n in (3, 12))])
