@@ -33,6 +33,12 @@ from numpyro_smc.guides.local import LocalOptimizer, LocalOptimum
 from numpyro_smc.programs import resampling
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.twist import gauss_hermite, twist
+from numpyro_smc.ratio.corner import corner
+from numpyro_smc.ratio.estimator import RatioEstimator
+from numpyro_smc.ratio.masks import PoissonMask, RestrictedMask, SelectionMask, SizesMask, UniformMask
+from numpyro_smc.ratio.nre import NRE
+from numpyro_smc.ratio.posterior import RatioPosterior
+from numpyro_smc.reports.c2st import TwoSampleTest, c2st
 from numpyro_smc.reports.gradient_statistics import GradientStatistics, gradient_statistics
 from numpyro_smc.reports.posterior_gap import ActiveUnits, BoundGap, active_units, kl_q_p
 from numpyro_smc.samplers.result import SMCResult
@@ -47,6 +53,7 @@ __all__ = [
     "DSMCS",
     "FIVO",
     "IWELBO",
+    "NRE",
     "OVIS",
     "RWS",
     "SIXO",
@@ -70,15 +77,25 @@ __all__ = [
     "LocalOptimizer",
     "LocalOptimum",
     "ParticleFilter",
+    "PoissonMask",
+    "RatioEstimator",
+    "RatioPosterior",
     "Reinforce",
+    "RestrictedMask",
     "SMCKernel",
     "SMCResult",
     "SMCSampler",
+    "SelectionMask",
+    "SizesMask",
     "StepwiseOptim",
+    "TwoSampleTest",
+    "UniformMask",
     "active_units",
     "alternating",
     "bidirectional",
     "bootstrap",
+    "c2st",
+    "corner",
     "extend_guide",
     "extend_model",
     "fit",

@@ -1,0 +1,375 @@
+r"""A simulator written as a NumPyro program: parameters, hidden draws, and an output.
+
+Of its sample sites the named ones are the parameters :math:`\theta`; the output :math:`x` is any site, observed or
+deterministic. All else that the program draws is hidden: :math:`p(x \mid \theta)` integrates over it, and nobody can
+evaluate it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+from jax import Array, random
+from numpyro import handlers
+from numpyro.infer.inspect import get_dependencies
+from numpyro.primitives import Messenger
+
+from numpyro_smc.programs.sites import Site, in_control_flow, is_latent, plate_scales
+
+Program = Callable[..., Any]
+Values = dict[str, Array]
+
+_NUM_PROBES = 16
+
+
+class Simulations(NamedTuple):
+    """Independent runs of a simulator, a row each: **theta** ``[n, D]``, **x** ``[n, *event]``, **context** ``[n, C]``
+    or ``None``.
+
+    Parameters and contexts are raveled one site after the other, in their supports.
+    """
+
+    theta: Array
+    x: Array
+    context: Array | None
+
+
+class Simulator:
+    """What a ratio estimator must know of a simulator.
+
+    :param model: a NumPyro program without arguments (``functools.partial`` binds them).
+    :param params: names of the sample sites that are inferred, in the order in which they are raveled.
+    :param observed: name of the output's site, or of several, which are then raveled and joined.
+    :param context: names of sample sites that are drawn for training and known when there is data, such as a noise
+        level or a design.
+    :param user: who asks, for error messages.
+    :raises ValueError: naming the site, if it is unknown, discrete, observed, or inside a scan; if a parameter's prior
+        depends on anything that is not a parameter; if a plate is subsampled.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        params: Sequence[str],
+        observed: str | Sequence[str] = "x",
+        context: Sequence[str] = (),
+        *,
+        user: str = "NRE",
+    ) -> None:
+        self.model, self.user = model, user
+        self.params = _names(params, "params", user)
+        self.observed = _names(observed, "observed", user)
+        self.context = _names(context, "context", user) if len(context) else ()
+        trace = _trace(handlers.seed(model, random.key(0)))
+        self._check(trace)
+        self.shapes = {name: jnp.shape(trace[name]["value"]) for name in (*self.params, *self.context)}
+        self.size = sum(int(np.prod(self.shapes[name])) for name in self.params)
+        self.context_size = sum(int(np.prod(self.shapes[name])) for name in self.context)
+        self.event_shape = jax.eval_shape(lambda: self._output(trace)).shape
+        self.elements = tuple(element for name in self.params for element in _elements(name, self.shapes[name]))
+        self.visible = self._visible(trace)
+        self.hidden = frozenset(trace) - self.visible
+        self.has_tractable_likelihood = _is_tractable(trace, self.params, self.observed, self.context, model)
+
+    # ---- vectors ------------------------------------------------------------------------------------------------
+
+    def ravel(self, values: Values) -> Array:
+        """Parameters as one vector, ``[..., D]``; leading axes are kept."""
+        return self._ravel(values, self.params)
+
+    def ravel_context(self, values: Values) -> Array:
+        """Context as one vector, ``[..., C]``.
+
+        :raises ValueError: if a site's value is missing or of another shape.
+        """
+        for name in self.context:
+            if name not in values:
+                raise ValueError(f"{self.user}: context site '{name}' has no value; pass context={{'{name}': ...}}.")
+            shape, expected = jnp.shape(values[name]), self.shapes[name]
+            if shape[len(shape) - len(expected) :] != expected:
+                raise ValueError(f"{self.user}: context site '{name}' has shape {shape}, but {expected} is expected.")
+        return self._ravel(values, self.context)
+
+    def unravel(self, theta: Array) -> Values:
+        """Parameters by site from vectors ``[..., D]``."""
+        sizes = [int(np.prod(self.shapes[name])) for name in self.params]
+        parts = jnp.split(theta, np.cumsum(sizes)[:-1], axis=-1)
+        return {
+            name: part.reshape(*theta.shape[:-1], *self.shapes[name])
+            for name, part in zip(self.params, parts, strict=True)
+        }
+
+    def mask(self, names: Sequence[str] | None) -> np.ndarray:
+        """Which elements of the parameters are meant: bool ``[D]``.
+
+        :param names: of sites, or of elements such as ``"theta[0]"``; ``None`` for all.
+        :raises ValueError: for unknown names, and if there are none.
+        """
+        if names is None:
+            return np.ones(self.size, bool)
+        names = [names] if isinstance(names, str) else list(names)
+        if not names:
+            raise ValueError(f"{self.user}: a marginal of no parameter was asked for. Known: {', '.join(self.params)}.")
+        chosen = np.zeros(self.size, bool)
+        for name in names:
+            inside = [element == name or element.startswith(f"{name}[") for element in self.elements]
+            if not any(inside) or (name not in self.params and name not in self.elements):
+                raise ValueError(f"{self.user}: no parameter '{name}'. Known: {', '.join(self.elements)}.")
+            chosen |= np.asarray(inside)
+        return chosen
+
+    # ---- running ------------------------------------------------------------------------------------------------
+
+    def simulate(self, rng_key: Array, theta: Array | None = None) -> Simulations:
+        """One run, as vectors without a leading axis. Map it over keys for many.
+
+        :param theta: parameters ``[D]`` instead of a draw from the prior.
+        """
+        program = self.model if theta is None else handlers.substitute(self.model, data=self.unravel(theta))
+        trace = _trace(handlers.seed(program, rng_key))
+        values = {name: trace[name]["value"] for name in (*self.params, *self.context)}
+        context = self._ravel(values, self.context) if self.context else None
+        return Simulations(self.ravel(values), self._output(trace), context)
+
+    def prior(self, rng_key: Array) -> Array:
+        """One draw of the parameters, ``[D]``; the compiler removes what the parameters do not need."""
+        return self.simulate(rng_key).theta
+
+    def posterior(self, log_ratio: Callable[[Array], Array]) -> Program:
+        """The program of the parameters' sites alone, with ``log_ratio`` of their vector as a factor.
+
+        Sites that the rest of the program draws get a fixed key and are shown to no handler, so that nothing but the
+        priors remains once it is compiled. Deterministic sites of the parameters alone stay.
+        """
+
+        def posterior() -> None:
+            with _Hides(self.hidden), handlers.trace() as trace:
+                self.model()
+            theta = self.ravel({name: trace[name]["value"] for name in self.params})
+            numpyro.factor("log_ratio", log_ratio(theta))
+
+        return posterior
+
+    def prior_of_elements(self, chosen: np.ndarray) -> Callable[[Array], Array]:
+        """Joint prior log density of some elements of the parameters, as a function of their vector ``[k]``.
+
+        :param chosen: bool ``[D]``.
+        :raises ValueError: naming the site, where it has no closed form: some of the elements of a site whose
+            distribution is neither factorised nor multivariate normal, or a site whose prior depends on parameters that
+            are not wholly chosen.
+        """
+        trace = _trace(handlers.seed(self.model, random.key(0)))
+        parts: list[Callable[[Array], Array]] = []
+        ends: list[int] = []
+        last = 0
+        for name in self.params:
+            first, last = last, last + int(np.prod(self.shapes[name]))
+            indices = np.flatnonzero(chosen[first:last])
+            if not len(indices):
+                continue
+            if not self._is_free(name):
+                raise ValueError(
+                    f"{self.user}: the prior of site '{name}' depends on other parameters, so its marginal has no "
+                    f"density in closed form. Use sir or sample, which need none."
+                )
+            parts.append(_density_of_elements(trace[name], name, indices, self.user))
+            ends.append((ends[-1] if ends else 0) + len(indices))
+
+        def log_density(values: Array) -> Array:
+            pieces = jnp.split(values, ends[:-1])
+            return jnp.sum(jnp.stack([part(piece) for part, piece in zip(parts, pieces, strict=True)]))
+
+        return log_density
+
+    def support(self) -> np.ndarray:
+        """Bounds of the parameters' elements, infinite where there are none: ``[D, 2]``."""
+        trace = _trace(handlers.seed(self.model, random.key(0)))
+        rows = []
+        for name in self.params:
+            support = trace[name]["fn"].support
+            while hasattr(support, "base_constraint"):
+                support = support.base_constraint
+            ends = [getattr(support, side, np.inf * sign) for side, sign in (("lower_bound", -1), ("upper_bound", 1))]
+            rows += [np.broadcast_to(np.asarray(end, float), self.shapes[name]).ravel() for end in ends]
+        return np.stack([np.concatenate(rows[::2]), np.concatenate(rows[1::2])], -1)
+
+    # ---- reading ------------------------------------------------------------------------------------------------
+
+    def _ravel(self, values: Values, names: Sequence[str]) -> Array:
+        parts, dtype = [], jnp.result_type(float)
+        for name in names:
+            value = jnp.asarray(values[name], dtype)
+            parts.append(value.reshape(*value.shape[: value.ndim - len(self.shapes[name])], -1))
+        return jnp.concatenate(parts, -1)
+
+    def _output(self, trace: dict[str, Site]) -> Array:
+        outputs = [jnp.asarray(trace[name]["value"], jnp.result_type(float)) for name in self.observed]
+        return outputs[0] if len(outputs) == 1 else jnp.concatenate([jnp.ravel(output) for output in outputs])
+
+    def _check(self, trace: dict[str, Site]) -> None:
+        known = ", ".join(name for name, site in trace.items() if site["type"] in ("sample", "deterministic"))
+        for name in (*self.params, *self.observed, *self.context):
+            if name not in trace:
+                raise ValueError(f"{self.user}: the simulator has no site '{name}'. Its sites: {known or 'none'}.")
+        for name in (*self.params, *self.context):
+            site = trace[name]
+            if not is_latent(site):
+                raise ValueError(
+                    f"{self.user}: site '{name}' is {'observed' if site['type'] == 'sample' else site['type']}; "
+                    f"parameters and context must be sample sites without obs, to be drawn from their priors."
+                )
+            if in_control_flow(site):
+                raise ValueError(f"{self.user}: site '{name}' stands inside a scan or cond. Draw it before.")
+            if name in self.params and site["fn"].support.is_discrete:
+                raise ValueError(
+                    f"{self.user}: parameter '{name}' is discrete, and the posterior's samplers need a density over "
+                    f"the reals. Leave it out of params (it is then integrated over), or give it a continuous prior."
+                )
+        twice = set(self.params) & {*self.observed, *self.context}
+        if twice:
+            raise ValueError(f"{self.user}: site '{min(twice)}' is named as parameter and as something else.")
+        for name in self.observed:
+            if trace[name]["type"] not in ("sample", "deterministic"):
+                raise ValueError(f"{self.user}: site '{name}' is a {trace[name]['type']}; observe a value instead.")
+            if trace[name]["type"] == "sample" and trace[name]["is_observed"]:
+                raise ValueError(
+                    f"{self.user}: site '{name}' has obs=..., so the simulator would repeat it. Bind the data to None."
+                )
+        for name, scale in plate_scales(trace).items():
+            if scale != 1.0:
+                raise ValueError(f"{self.user}: plate '{name}' is subsampled; a simulator must draw all of it.")
+
+    def _probe(self, values: Values, keys: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Prior log densities and deterministic sites at given parameters, under several hidden draws."""
+
+        def probe(key: Array) -> tuple[dict[str, Array], dict[str, Array]]:
+            trace = _trace(handlers.seed(handlers.substitute(self.model, data=values), key))
+            densities = {name: jnp.sum(trace[name]["fn"].log_prob(trace[name]["value"])) for name in self.params}
+            fixed = [name for name, site in trace.items() if site["type"] == "deterministic"]
+            return densities, {name: trace[name]["value"] for name in fixed if name not in self.observed}
+
+        return jax.jit(jax.vmap(probe))(keys)
+
+    def _visible(self, trace: dict[str, Site]) -> frozenset[str]:
+        """Parameters, and deterministic sites of them alone.
+
+        :raises ValueError: naming the site, if a parameter's prior depends on a hidden draw.
+        """
+        values = {name: trace[name]["value"] for name in self.params}
+        densities, fixed = self._probe(values, random.split(random.key(1), _NUM_PROBES))
+        for name, found in densities.items():
+            if not _is_constant(found):
+                raise ValueError(
+                    f"{self.user}: the prior of parameter '{name}' depends on {self._culprit(name)}, so its density "
+                    f"p({name}) is not known in closed form. Add that site to params, or fix it."
+                )
+        return frozenset(self.params) | {name for name, found in fixed.items() if _is_constant(found)}
+
+    def _culprit(self, name: str) -> str:
+        try:
+            found = get_dependencies(self.model)["prior_dependencies"][name]
+        except Exception:  # whatever the program does that NumPyro cannot inspect
+            found = {}
+        sites = [f"'{site}'" for site in found if site != name and site not in self.params]
+        return f"the hidden site{'s' * (len(sites) > 1)} {', '.join(sites)}" if sites else "a hidden draw"
+
+    def _is_free(self, name: str) -> bool:
+        """Whether a parameter's prior is the same whatever the other parameters are."""
+        value = _trace(handlers.seed(self.model, random.key(0)))[name]["value"]
+        densities, _ = self._probe({name: value}, random.split(random.key(2), _NUM_PROBES))
+        return _is_constant(densities[name])
+
+
+class _Hides(Messenger):
+    """Show sites of the given names to no handler outside, and draw them by a fixed key.
+
+    Names that the program does not have, such as those of Jacobians and of reparametrised parameters, come from the
+    handlers outside, and pass.
+    """
+
+    def __init__(self, names: frozenset[str]) -> None:
+        self.names = names
+        self.rng_key = random.key(0)
+        super().__init__(None)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] not in ("prng_key", "control_flow") and msg.get("name") not in self.names:
+            return
+        msg["stop"] = True
+        drawn = msg["type"] in ("sample", "prng_key", "plate", "control_flow")
+        if drawn and msg["value"] is None and msg["kwargs"].get("rng_key") is None:
+            self.rng_key, msg["kwargs"]["rng_key"] = random.split(self.rng_key)
+
+
+def _trace(program: Program) -> dict[str, Site]:
+    with handlers.block():
+        return handlers.trace(program).get_trace()
+
+
+def _names(names: str | Sequence[str], argument: str, user: str) -> tuple[str, ...]:
+    found = (names,) if isinstance(names, str) else tuple(names)
+    if not found or len(set(found)) < len(found):
+        raise ValueError(f"{user}: {argument} must name at least one site, each once; got {names!r}.")
+    return found
+
+
+def _elements(name: str, shape: tuple[int, ...]) -> list[str]:
+    return [f"{name}[{','.join(map(str, index))}]" if index else name for index in np.ndindex(*shape)]
+
+
+def _is_constant(values: Array) -> bool:
+    """Whether all rows are the same, to rounding."""
+    found = np.asarray(values)
+    return bool(np.allclose(found, found[:1], rtol=1e-5, atol=1e-6, equal_nan=True))
+
+
+def _is_tractable(
+    trace: dict[str, Site], params: Sequence[str], observed: Sequence[str], context: Sequence[str], model: Program
+) -> bool:
+    """Whether the program itself gives the likelihood: no hidden draw, and every output a sample site."""
+    known = {*params, *observed, *context}
+    hidden = any(is_latent(site) and name not in known for name, site in trace.items())
+    keys = _CountsKeys()
+    with handlers.block(), keys:
+        handlers.seed(model, random.key(0))()
+    return not hidden and not keys.number and all(trace[name]["type"] == "sample" for name in observed)
+
+
+class _CountsKeys(Messenger):
+    """Count the keys that a program draws by hand."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        super().__init__(None)
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        self.number += msg["type"] == "prng_key"
+
+
+def _density_of_elements(site: Site, name: str, indices: np.ndarray, user: str) -> Callable[[Array], Array]:
+    """Log density of the raveled site's elements at ``indices``, where it is known."""
+    fn, value = site["fn"], jnp.asarray(site["value"])
+    whole = fn
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    if len(indices) < value.size and isinstance(fn, dist.MultivariateNormal) and value.ndim == 1:
+        return dist.MultivariateNormal(fn.mean[indices], fn.covariance_matrix[indices[:, None], indices]).log_prob
+    if len(indices) < value.size and (fn.event_shape or isinstance(fn, dist.MaskedDistribution)):
+        raise ValueError(
+            f"{user}: the prior of site '{name}' ({type(fn).__name__}) is not factorised, so the density of some of "
+            f"its elements has no closed form. Take the whole site, or use sir or sample, which need no density."
+        )
+
+    def log_density(piece: Array) -> Array:
+        full = jnp.ravel(value).at[indices].set(piece).reshape(value.shape)
+        if len(indices) == value.size:
+            return jnp.sum(whole.log_prob(full))
+        return jnp.sum(jnp.broadcast_to(fn.log_prob(full), value.shape).reshape(-1)[indices])
+
+    return log_density

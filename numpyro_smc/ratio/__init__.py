@@ -1,0 +1,1 @@
+"""Likelihood-free inference: networks that learn the ratio of likelihood to evidence from simulations alone."""

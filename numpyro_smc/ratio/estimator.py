@@ -1,0 +1,237 @@
+r"""A trained ratio :math:`\hat r(\theta, x) \approx p(x \mid \theta) / p(x)` and the posteriors it gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, random
+
+from numpyro_smc.engines.checkpoint import save_pytree
+from numpyro_smc.programs.simulator import Program, Simulations, Simulator
+from numpyro_smc.ratio.losses import RatioLoss
+from numpyro_smc.ratio.marginals import Marginal
+from numpyro_smc.ratio.posterior import RatioPosterior
+from numpyro_smc.ratio.ratio_network import RatioNetwork, RatioWeights
+from numpyro_smc.ratio.truncation import Box
+from numpyro_smc.samplers.smc_sampler import SMCSampler
+
+
+class RatioEstimator:
+    r"""What :meth:`NRE.train` returns.
+
+    Observations may have a leading axis of independent ones with the same parameters: their log ratios are summed,
+
+    .. math:: p(\theta \mid x_{1:n}) \propto p(\theta) \prod_i \hat r(\theta, x_i).
+
+    The sum has n times the error of one, and no calibration.
+
+    :ivar simulator: the :class:`~numpyro_smc.programs.simulator.Simulator`. **network**, **weights**, **loss** - what
+        was trained, and how.
+    :ivar training: the record of the training; ``None`` after :meth:`NRE.load`.
+    :ivar elements: names of the parameters' elements, in the order of their vector ``[D]``.
+    """
+
+    def __init__(
+        self,
+        simulator: Simulator,
+        network: RatioNetwork,
+        weights: RatioWeights,
+        loss: RatioLoss,
+        *,
+        box: Box | None = None,
+        description: str = "",
+        training: Any = None,
+    ) -> None:
+        self.simulator, self.network, self.weights, self.loss = simulator, network, weights, loss
+        self.box, self.description, self.training = box, description, training
+        self.elements = simulator.elements
+        self._samplers: dict[Any, SMCSampler] = {}
+        self._simulate = jax.jit(jax.vmap(self._simulate_one))
+
+    def __repr__(self) -> str:
+        loss = type(self.loss).__name__
+        return f"RatioEstimator of {', '.join(self.simulator.params)} given {self.simulator.observed}, {loss}"
+
+    # ---- the ratio ----------------------------------------------------------------------------------------------
+
+    def log_ratio(self, theta: Any, x: Any, params: Sequence[str] | None = None, context: Any = None) -> Array:
+        r""":math:`\log \hat r(\theta_b, x)`; leading axes broadcast.
+
+        :param theta: all parameters, ``[..., D]`` or a dict of sites; those not in ``params`` do not matter.
+        :param x: outputs ``[..., *event]``.
+        :param params: names of sites or elements :math:`\theta_b`; all by default.
+        :param context: values of the context's sites, by name, or ``[..., C]``.
+        :return: ``[...]``.
+        :raises ValueError: for parameters whose marginal the estimator has not learned.
+        """
+        chosen = self.simulator.mask(params)
+        theta = self.simulator.ravel(theta) if isinstance(theta, dict) else jnp.asarray(theta)
+        return self._of_chosen(theta, self.network.features(self.weights, x, self._context(context)), chosen)
+
+    def log_ratio_given(self, x_obs: Any, chosen: np.ndarray, context: Any = None) -> Callable[[Array], Array]:
+        """The log ratio of one observation, or of several independent ones, as a function of ``[..., D]``."""
+        x = jnp.asarray(x_obs, jnp.result_type(float))
+        event = self.simulator.event_shape
+        if x.shape[x.ndim - len(event) :] != event or x.ndim > len(event) + 1:
+            raise ValueError(
+                f"RatioEstimator: the observation has shape {x.shape}; expected {event}, as the simulator returns "
+                f"it, or one leading axis more for independent observations. Use sample_many for separate problems."
+            )
+        self._check(chosen)
+        features = self.network.features(self.weights, x, self._context(context))
+
+        def log_ratio(theta: Array) -> Array:
+            if features.ndim == 1:
+                return self._of_chosen(theta, features, chosen)
+            return jnp.sum(self._of_chosen(theta[..., None, :], features, chosen), -1)
+
+        return log_ratio
+
+    def _of_chosen(self, theta: Array, features: Array, chosen: np.ndarray) -> Array:
+        index = self._check(chosen)
+        if index is not None:
+            return self.network.log_ratio_of_features(self.weights, theta, features)[..., index]
+        mask = chosen if self.network.has_masks else None
+        return self.network.log_ratio_of_features(self.weights, theta, features, mask)
+
+    def _check(self, chosen: np.ndarray) -> int | None:
+        """Which of the fixed marginals is meant, if there are any."""
+        if self.network.marginals is not None:
+            wanted = tuple(chosen.tolist())
+            if wanted in self.network.marginals:
+                return self.network.marginals.index(wanted)
+            known = "; ".join(", ".join(self._named(mask)) for mask in self.network.marginals)
+            raise ValueError(
+                f"RatioEstimator: the marginal of {', '.join(self._named(chosen))} was not learned. Known: {known}. "
+                f"Train with it among marginals, or with masks=UniformMask() for all of them."
+            )
+        if not chosen.all() and not self.network.has_masks:
+            raise ValueError(
+                f"RatioEstimator: only the ratio of all parameters was learned, not that of "
+                f"{', '.join(self._named(chosen))} alone. Train with masks=UniformMask(), or sample all parameters and "
+                f"look at some."
+            )
+        return None
+
+    def _named(self, mask: Any) -> list[str]:
+        return [element for element, kept in zip(self.elements, mask, strict=True) if kept]
+
+    def _context(self, context: Any) -> Array | None:
+        if not self.simulator.context:
+            if context is not None:
+                raise ValueError("RatioEstimator: the simulator was read without context sites; leave context out.")
+            return None
+        if isinstance(context, dict):
+            return self.simulator.ravel_context(context)
+        if context is None:
+            raise ValueError(
+                f"RatioEstimator: pass context={{'{self.simulator.context[0]}': ...}} with the observation."
+            )
+        return jnp.asarray(context)
+
+    # ---- posteriors ---------------------------------------------------------------------------------------------
+
+    def program(self, params: Sequence[str] | np.ndarray | None = None) -> Program:
+        """The posterior as a NumPyro program of the observation (and the context): for samplers of many observations.
+
+        :param params: parameters whose marginal ratio is taken; the others then follow their prior.
+        """
+        chosen = params if isinstance(params, np.ndarray) else self.simulator.mask(params)
+
+        def posterior(x_obs: Any, context: Any = None) -> None:
+            log_ratio = self.log_ratio_given(x_obs, chosen, context)
+            if self.box is None:
+                return self.simulator.posterior(log_ratio)()
+            box = self.box
+            return self.simulator.posterior(lambda theta: jnp.where(box.contains(theta), log_ratio(theta), -jnp.inf))()
+
+        return posterior
+
+    def posterior_model(self, x_obs: Any, params: Sequence[str] | None = None, context: Any = None) -> Program:
+        """The posterior as an ordinary NumPyro model without arguments, for ``MCMC``, ``SVI`` and everything else.
+
+        It has the parameters' sites and a factor; the simulator is compiled away.
+
+        :param x_obs: the observation, or independent ones along a leading axis.
+        :param params: parameters whose marginal ratio is taken; the others then follow their prior.
+        :param context: values of the context's sites.
+        """
+        self.log_ratio_given(x_obs, self.simulator.mask(params), context)  # bad input is found here, not in a sampler
+        return partial(self.program(params), x_obs, context)
+
+    def marginal(self, x_obs: Any, params: str | Sequence[str], context: Any = None) -> Marginal:
+        """The posterior of some parameters.
+
+        :param params: names of sites or elements, such as ``"theta[0]"``.
+        """
+        return Marginal(self, x_obs, params, context)
+
+    def sample(
+        self, rng_key: Array, x_obs: Any, params: Sequence[str] | None = None, context: Any = None, **options: Any
+    ) -> RatioPosterior:
+        """Sample the posterior by tempered sequential Monte Carlo, which finds every mode that the prior reaches.
+
+        :param x_obs: the observation, or independent ones along a leading axis.
+        :param params: parameters whose marginal ratio is taken; the others then follow their prior.
+        :param options: of :class:`~numpyro_smc.SMCSampler`: ``num_particles``, ``moves``, ...
+        :return: a :class:`RatioPosterior`.
+        """
+        self.log_ratio_given(x_obs, self.simulator.mask(params), context)
+        arguments = (jnp.asarray(x_obs), *(() if context is None else (self._context(context),)))
+        result = self._sampler(params, options).run(rng_key, *arguments, progress_bar=False)
+        return self._posterior(result, num_observations=np.ndim(x_obs) - len(self.simulator.event_shape))
+
+    def sample_many(
+        self, rng_key: Array, x: Any, params: Sequence[str] | None = None, context: Any = None, **options: Any
+    ) -> list[RatioPosterior]:
+        """Sample the posteriors of separate observations at once, in one compiled program.
+
+        :param x: observations along a leading axis, ``[B, *event]`` or ``[B, n, *event]``.
+        :param context: of each, ``[B, C]`` or values of the context's sites.
+        :return: a :class:`RatioPosterior` of each.
+        """
+        x = jnp.asarray(x)
+        if not len(x):
+            raise ValueError("RatioEstimator.sample_many: there are no observations.")
+        given = self._context(context)
+        self.log_ratio_given(x[0], self.simulator.mask(params), None if given is None else given[0])
+        arguments = (x, *(() if given is None else (given,)))
+        results = self._sampler(params, options).run_many(rng_key, *arguments, progress_bar=False)
+        return [self._posterior(result, x.ndim - 1 - len(self.simulator.event_shape)) for result in results]
+
+    def _sampler(self, params: Sequence[str] | None, options: dict[str, Any]) -> SMCSampler:
+        chosen = self.simulator.mask(params)
+        key = (chosen.tobytes(), tuple(sorted((name, repr(value)) for name, value in options.items())))
+        if key not in self._samplers:
+            self._samplers[key] = SMCSampler(self.program(chosen), **options)
+        return self._samplers[key]
+
+    def _posterior(self, result: Any, num_observations: int) -> RatioPosterior:
+        mass = 0.0 if self.box is None else self.box.log_prior_mass
+        is_calibrated = self.loss.calibrated and not num_observations
+        return RatioPosterior.of_run(result, is_calibrated=is_calibrated, log_prior_mass=mass)
+
+    # ---- simulations --------------------------------------------------------------------------------------------
+
+    def simulate(self, rng_key: Array, num: int) -> Simulations:
+        """Fresh simulations from the whole prior, for diagnostics: **theta** ``[num, D]``, **x**, **context**."""
+        return self._simulate(random.split(rng_key, num))
+
+    def prior(self, rng_key: Array, num: int) -> Array:
+        """Draws of the parameters from the prior, ``[num, D]``."""
+        return jax.jit(jax.vmap(self.simulator.prior))(random.split(rng_key, num))
+
+    def _simulate_one(self, rng_key: Array) -> Simulations:
+        return self.simulator.simulate(rng_key)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the weights to one file; :meth:`NRE.load` of an equal NRE reads it."""
+        box = Box.everywhere(self.simulator.size) if self.box is None else self.box
+        text = np.frombuffer(self.description.encode(), np.uint8)
+        save_pytree(path, {"description": text, "weights": self.weights, "box": box})
