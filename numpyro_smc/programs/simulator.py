@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
-import numpyro.distributions as dist
 from jax import Array, random
 from numpyro import handlers
 from numpyro.infer.inspect import get_dependencies
-from numpyro.primitives import Messenger
 
+from numpyro_smc.programs.element_priors import bounds_of_elements, density_of_elements
+from numpyro_smc.programs.hidden_draws import Hides, is_tractable
 from numpyro_smc.programs.sites import Site, in_control_flow, is_latent, plate_scales
 
 Program = Callable[..., Any]
@@ -75,7 +75,7 @@ class Simulator:
         self.elements = tuple(element for name in self.params for element in _elements(name, self.shapes[name]))
         self.visible = self._visible(trace)
         self.hidden = frozenset(trace) - self.visible
-        self.has_tractable_likelihood = _is_tractable(trace, self.params, self.observed, self.context, model)
+        self.has_tractable_likelihood = is_tractable(model, trace, self.params, self.observed, self.context)
 
     # ---- vectors ------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class Simulator:
         """
 
         def posterior() -> None:
-            with _Hides(self.hidden), handlers.trace() as trace:
+            with Hides(self.hidden), handlers.trace() as trace:
                 self.model()
             theta = self.ravel({name: trace[name]["value"] for name in self.params})
             numpyro.factor("log_ratio", log_ratio(theta))
@@ -178,7 +178,7 @@ class Simulator:
                     f"{self.user}: the prior of site '{name}' depends on other parameters, so its marginal has no "
                     f"density in closed form. Use sir or sample, which need none."
                 )
-            parts.append(_density_of_elements(trace[name], name, indices, self.user))
+            parts.append(density_of_elements(trace[name], name, indices, self.user))
             ends.append((ends[-1] if ends else 0) + len(indices))
 
         def log_density(values: Array) -> Array:
@@ -190,14 +190,7 @@ class Simulator:
     def support(self) -> np.ndarray:
         """Bounds of the parameters' elements, infinite where there are none: ``[D, 2]``."""
         trace = _trace(handlers.seed(self.model, random.key(0)))
-        rows = []
-        for name in self.params:
-            support = trace[name]["fn"].support
-            while hasattr(support, "base_constraint"):
-                support = support.base_constraint
-            ends = [getattr(support, side, np.inf * sign) for side, sign in (("lower_bound", -1), ("upper_bound", 1))]
-            rows += [np.broadcast_to(np.asarray(end, float), self.shapes[name]).ravel() for end in ends]
-        return np.stack([np.concatenate(rows[::2]), np.concatenate(rows[1::2])], -1)
+        return np.concatenate([bounds_of_elements(trace[name]) for name in self.params])
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -286,27 +279,6 @@ class Simulator:
         return _is_constant(densities[name])
 
 
-class _Hides(Messenger):
-    """Show sites of the given names to no handler outside, and draw them by a fixed key.
-
-    Names that the program does not have, such as those of Jacobians and of reparametrised parameters, come from the
-    handlers outside, and pass.
-    """
-
-    def __init__(self, names: frozenset[str]) -> None:
-        self.names = names
-        self.rng_key = random.key(0)
-        super().__init__(None)
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] not in ("prng_key", "control_flow") and msg.get("name") not in self.names:
-            return
-        msg["stop"] = True
-        drawn = msg["type"] in ("sample", "prng_key", "plate", "control_flow")
-        if drawn and msg["value"] is None and msg["kwargs"].get("rng_key") is None:
-            self.rng_key, msg["kwargs"]["rng_key"] = random.split(self.rng_key)
-
-
 def _trace(program: Program) -> dict[str, Site]:
     with handlers.block():
         return handlers.trace(program).get_trace()
@@ -327,49 +299,3 @@ def _is_constant(values: Array) -> bool:
     """Whether all rows are the same, to rounding."""
     found = np.asarray(values)
     return bool(np.allclose(found, found[:1], rtol=1e-5, atol=1e-6, equal_nan=True))
-
-
-def _is_tractable(
-    trace: dict[str, Site], params: Sequence[str], observed: Sequence[str], context: Sequence[str], model: Program
-) -> bool:
-    """Whether the program itself gives the likelihood: no hidden draw, and every output a sample site."""
-    known = {*params, *observed, *context}
-    hidden = any(is_latent(site) and name not in known for name, site in trace.items())
-    keys = _CountsKeys()
-    with handlers.block(), keys:
-        handlers.seed(model, random.key(0))()
-    return not hidden and not keys.number and all(trace[name]["type"] == "sample" for name in observed)
-
-
-class _CountsKeys(Messenger):
-    """Count the keys that a program draws by hand."""
-
-    def __init__(self) -> None:
-        self.number = 0
-        super().__init__(None)
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        self.number += msg["type"] == "prng_key"
-
-
-def _density_of_elements(site: Site, name: str, indices: np.ndarray, user: str) -> Callable[[Array], Array]:
-    """Log density of the raveled site's elements at ``indices``, where it is known."""
-    fn, value = site["fn"], jnp.asarray(site["value"])
-    whole = fn
-    while isinstance(fn, dist.Independent | dist.ExpandedDistribution):
-        fn = fn.base_dist
-    if len(indices) < value.size and isinstance(fn, dist.MultivariateNormal) and value.ndim == 1:
-        return dist.MultivariateNormal(fn.mean[indices], fn.covariance_matrix[indices[:, None], indices]).log_prob
-    if len(indices) < value.size and (fn.event_shape or isinstance(fn, dist.MaskedDistribution)):
-        raise ValueError(
-            f"{user}: the prior of site '{name}' ({type(fn).__name__}) is not factorised, so the density of some of "
-            f"its elements has no closed form. Take the whole site, or use sir or sample, which need no density."
-        )
-
-    def log_density(piece: Array) -> Array:
-        full = jnp.ravel(value).at[indices].set(piece).reshape(value.shape)
-        if len(indices) == value.size:
-            return jnp.sum(whole.log_prob(full))
-        return jnp.sum(jnp.broadcast_to(fn.log_prob(full), value.shape).reshape(-1)[indices])
-
-    return log_density

@@ -213,8 +213,8 @@ class NRE:
         """Simulate, and train the network.
 
         :param num_simulations: how many to draw, unless there are data.
-        :param data: instead, what :meth:`simulate`, :meth:`simulate_to` or :meth:`data_of` returned; a tuple for the last;
-            or a folder or file of stored simulations.
+        :param data: instead, what :meth:`simulate`, :meth:`simulate_to` or :meth:`data_of` returned; a tuple for the
+            last; or a folder or file of stored simulations.
         :param box: the prior's region, of both simulations and posteriors; see :meth:`train_rounds`.
         :param options: of :func:`~numpyro_smc.ratio.training.fit`: ``batch_size``, ``max_epochs``, ``learning_rate``,
             ``schedule``, ``patience``, ``checkpoint``, ``progress_bar``, ...

@@ -209,7 +209,7 @@ def test_subsampling_scales_the_bound():
     assert_mean(run(random.split(random.key(5), 4000)) - estimates(DAIS(3, 2), DATA, 4000), 0.0)
 
 
-@pytest.mark.parametrize("make_guide", [AutoNormal, AutoDiagonalNormal])
+@pytest.mark.parametrize("make_guide", [pytest.param(AutoNormal, marks=pytest.mark.slow), AutoDiagonalNormal])
 def test_constrained_latents_and_autoguides_bound_the_known_evidence(make_guide):
     """The Student-t problem of eight numbers, whose log evidence is -13.987 by quadrature."""
     y = jnp.asarray(np.random.RandomState(0).standard_t(3, 8) * 0.7 + 1)

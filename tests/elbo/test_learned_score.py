@@ -50,6 +50,7 @@ def test_any_score_gives_an_unbiased_evidence():
     assert float(jnp.abs(run(params) - values).max()) > 0.05
 
 
+@pytest.mark.slow
 def test_a_trained_score_tightens_the_bound_of_langevin():
     def trained_bound(kernel):
         loss = DAIS(1, 4, kernel=kernel, step_size=0.05, step_size_max=0.2, learn=(), num_mc=16)

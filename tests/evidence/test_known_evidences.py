@@ -97,6 +97,7 @@ def assert_tight_and_right(bounds, log_evidence):
 CERTIFIED = {"num_chains": 16, "num_temperatures": 2000, "num_leapfrog": 5, "schedule": "adaptive"}
 
 
+@pytest.mark.slow
 def test_bounds_from_both_sides_are_tight_on_eight_schools():
     """96 simulated sets of schools, each with its evidence by quadrature."""
     bounds = bidirectional(random.key(0), AIS(eight_schools.model, **CERTIFIED), *SCHOOLS, num_simulated=96)

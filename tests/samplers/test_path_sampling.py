@@ -72,6 +72,7 @@ def test_from_a_guide_the_path_is_that_of_the_importance_weight():
     assert_mean([estimate.value for estimate in estimates], EVIDENCE, reference_error=0.01)
 
 
+@pytest.mark.slow
 def test_the_standard_error_of_a_share_is_that_of_modes_which_no_move_leaves():
     """N = 500, 60 runs; the spread of 60 runs is known to 9 %."""
     chosen = SMCSampler(models.two_modes, 500, moves="mala")

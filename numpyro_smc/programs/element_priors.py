@@ -1,0 +1,45 @@
+"""Priors of some of the elements of a site: densities where they have a closed form, and bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax import Array
+
+from numpyro_smc.programs.sites import Site
+
+
+def density_of_elements(site: Site, name: str, indices: np.ndarray, user: str) -> Callable[[Array], Array]:
+    """Log density of the raveled site's elements at ``indices``, where it is known."""
+    fn, value = site["fn"], jnp.asarray(site["value"])
+    whole = fn
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    if len(indices) < value.size and isinstance(fn, dist.MultivariateNormal) and value.ndim == 1:
+        return dist.MultivariateNormal(fn.mean[indices], fn.covariance_matrix[indices[:, None], indices]).log_prob
+    if len(indices) < value.size and (fn.event_shape or isinstance(fn, dist.MaskedDistribution)):
+        raise ValueError(
+            f"{user}: the prior of site '{name}' ({type(fn).__name__}) is not factorised, so the density of some of "
+            f"its elements has no closed form. Take the whole site, or use sir or sample, which need no density."
+        )
+
+    def log_density(piece: Array) -> Array:
+        full = jnp.ravel(value).at[indices].set(piece).reshape(value.shape)
+        if len(indices) == value.size:
+            return jnp.sum(whole.log_prob(full))
+        return jnp.sum(jnp.broadcast_to(fn.log_prob(full), value.shape).reshape(-1)[indices])
+
+    return log_density
+
+
+def bounds_of_elements(site: Site) -> np.ndarray:
+    """Lower and upper bound of each element of a site's support, infinite where there is none: ``[size, 2]``."""
+    support = site["fn"].support
+    while hasattr(support, "base_constraint"):
+        support = support.base_constraint
+    ends = [getattr(support, side, default) for side, default in (("lower_bound", -np.inf), ("upper_bound", np.inf))]
+    shape = jnp.shape(site["value"])
+    return np.stack([np.broadcast_to(np.asarray(end, float), shape).ravel() for end in ends], -1)
