@@ -1,8 +1,9 @@
-"""Images for the latent variable models: MNIST where its files are, else the 8x8 digits of scikit-learn."""
+"""Images for the latent variable models: MNIST, or other IDX files, where they are, else scikit-learn's 8x8 digits."""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
 import struct
@@ -20,6 +21,9 @@ Binarisation = Literal["dynamic", "fixed", "threshold"]
 #: One fixed Bernoulli draw of MNIST: the bits of each image packed, under the keys ``"train"`` and ``"test"``.
 FIXED_MNIST = "mnist_bernoulli.npz"
 TRAIN_MNIST, TEST_MNIST = "train-images-idx3-ubyte", "t10k-images-idx3-ubyte"
+
+#: SHA-256 of the pixels of MNIST's test images, by which it is told from other images in files of the same names.
+MNIST_DIGEST = "6d87418db22cc8025d05968bec9bd5c3932904b23485740db143a061a2c9d161"
 
 #: What is said of a binarisation that no file holds.
 NOTES: dict[Binarisation, str] = {
@@ -54,7 +58,8 @@ def load_images(
 ) -> Images:
     """MNIST from a directory, or without one scikit-learn's 8x8 digits, the first 1500 of them for training.
 
-    :param data_dir: where MNIST's two IDX files of images are (here or in a folder ``mnist``, gzip-compressed or not).
+    :param data_dir: where MNIST's two IDX files of images are (here or in a folder ``mnist``, gzip-compressed or not),
+        or those of another data set with the same names, such as Fashion-MNIST, which then is called as its folder.
         Without it, the environment variable ``NUMPYRO_SMC_DATA``; without files there, the digits.
     :param binarisation: ``"dynamic"`` keeps grey levels in [0, 1], to be redrawn at every step with :func:`binarise`;
         ``"fixed"`` reads ``mnist_bernoulli.npz``, or draws once with a fixed seed, in neither case H. Larochelle's
@@ -95,8 +100,10 @@ def _load_grey(folders: Sequence[Path], required: bool) -> tuple[str, tuple[int,
             f"{MNIST_SOURCE} Without data_dir and NUMPYRO_SMC_DATA, the 8x8 digits of scikit-learn are loaded instead."
         )
     if not missing:
-        (train, shape), (test, _) = (_read_idx(path) for path in files.values() if path is not None)
-        return "MNIST", shape, train, test
+        train, test = (_read_idx(path) for path in files.values() if path is not None)
+        is_mnist = hashlib.sha256(test.tobytes()).hexdigest() == MNIST_DIGEST
+        name = "MNIST" if is_mnist else f"images of '{files[TEST_MNIST].resolve().parent.name}'"  # type: ignore[union-attr]
+        return name, test.shape[1:], *(pixels.reshape(len(pixels), -1) / np.float32(255) for pixels in (train, test))
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as error:
@@ -120,8 +127,8 @@ def _find(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
     return next((folder / name for folder in folders for name in names if (folder / name).is_file()), None)
 
 
-def _read_idx(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
-    """The images of an IDX file as grey levels ``[N, D]``, and the shape of an image."""
+def _read_idx(path: Path) -> np.ndarray:
+    """The images of an IDX file as bytes ``[N, height, width]``."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     header = struct.unpack(">4I", data[:16]) if len(data) >= 16 else None
     if header is None or header[0] != 0x803 or len(data) != 16 + math.prod(header[1:]):
@@ -129,9 +136,7 @@ def _read_idx(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
             f"load_images: {path} is not a complete IDX file of images (magic number 0x803, three sizes, one byte per "
             f"pixel). {MNIST_SOURCE}"
         )
-    _, num_images, *shape = header
-    grey = np.frombuffer(data, np.uint8, offset=16).reshape(num_images, -1).astype(np.float32) / 255
-    return grey, (shape[0], shape[1])
+    return np.frombuffer(data, np.uint8, offset=16).reshape(header[1:])
 
 
 def _read_packed(path: Path, num_pixels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -100,19 +100,22 @@ def convolutional_encoder(
     return xavier_uniform(init_key, eqx.nn.Sequential(parts))
 
 
-def convolutional_decoder(rng_key: Array, latent_size: int) -> eqx.nn.Sequential:
+def convolutional_decoder(
+    rng_key: Array, latent_size: int, channels: Sequence[int] = (256, 128, 64)
+) -> eqx.nn.Sequential:
     """From a code to 3 x 32 x 32 numbers in one vector, :func:`convolutional_encoder` in reverse."""
     make_key, init_key = jax.random.split(rng_key)
     keys = jax.random.split(make_key, 4)
+    first, second, third = channels
     parts: list[eqx.Module] = [
-        eqx.nn.Linear(latent_size, 1024, key=keys[0]),
+        eqx.nn.Linear(latent_size, 4 * first, key=keys[0]),
         eqx.nn.Lambda(jax.nn.elu),
-        eqx.nn.Lambda(lambda x: x.reshape(256, 2, 2)),
+        eqx.nn.Lambda(lambda x: x.reshape(first, 2, 2)),
     ]
-    for before, after, more, key in ((256, 128, 0, keys[1]), (128, 64, 1, keys[2])):
+    for before, after, more, key in ((first, second, 0, keys[1]), (second, third, 1, keys[2])):
         widen = eqx.nn.ConvTranspose2d(before, after, 4, 2, output_padding=more, key=key)
         parts += [widen, eqx.nn.GroupNorm(1, after), eqx.nn.Lambda(jax.nn.elu)]
-    parts += [eqx.nn.ConvTranspose2d(64, 3, 4, 2, key=keys[3]), eqx.nn.Lambda(jnp.ravel)]
+    parts += [eqx.nn.ConvTranspose2d(third, 3, 4, 2, key=keys[3]), eqx.nn.Lambda(jnp.ravel)]
     return xavier_uniform(init_key, eqx.nn.Sequential(parts))
 
 

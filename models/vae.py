@@ -158,26 +158,41 @@ def elu_networks(
 ) -> tuple[eqx.nn.Sequential, eqx.nn.Sequential]:
     """An encoder and a decoder for a Gaussian code, with exponential linear units, as in [3].
 
-    Weights start Glorot-uniform, biases at zero. There the encoder returns the log variance; here, its half.
+    Weights start Glorot-uniform, biases at zero. The encoder's last affine layer gives the log variance, of which the
+    encoder returns the half.
 
     :param context_size: numbers that the encoder returns beside mean and log standard deviation.
     :param encoder: sizes of its hidden layers; **decoder** - likewise; see :data:`LAYERS`.
     """
     encoder_key, decoder_key = jax.random.split(rng_key)
-    code_size = 2 * latent_size + context_size
+    network = elu_network(encoder_key, (data_size, *encoder, 2 * latent_size + context_size))
     return (
-        elu_network(encoder_key, (data_size, *encoder, code_size)),
+        _with_half_log_variances(network, latent_size),
         elu_network(decoder_key, (latent_size, *decoder, data_size)),
     )
 
 
 def convolutional_networks(
-    rng_key: Array, latent_size: int = 50, context_size: int = 0, channels: Sequence[int] = (64, 128, 256)
+    rng_key: Array,
+    latent_size: int = 50,
+    context_size: int = 0,
+    encoder_channels: Sequence[int] = (64, 128, 256),
+    decoder_channels: Sequence[int] = (256, 128, 64),
 ) -> tuple[eqx.nn.Sequential, eqx.nn.Sequential]:
     """The same for images of 3 x 32 x 32 pixels, as vectors of 3072, with convolutions."""
     encoder_key, decoder_key = jax.random.split(rng_key)
-    encoder = convolutional_encoder(encoder_key, 2 * latent_size + context_size, channels)
-    return encoder, convolutional_decoder(decoder_key, latent_size)
+    encoder = convolutional_encoder(encoder_key, 2 * latent_size + context_size, encoder_channels)
+    decoder = convolutional_decoder(decoder_key, latent_size, decoder_channels)
+    return _with_half_log_variances(encoder, latent_size), decoder
+
+
+def _with_half_log_variances(encoder: eqx.nn.Sequential, latent_size: int) -> eqx.nn.Sequential:
+    """The encoder, of whose log variances the halves are taken: log standard deviations."""
+
+    def halve(code: Array) -> Array:
+        return code.at[latent_size : 2 * latent_size].multiply(0.5)
+
+    return eqx.nn.Sequential([*encoder.layers, eqx.nn.Lambda(halve)])
 
 
 def _model(

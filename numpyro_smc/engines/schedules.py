@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 from numpyro_smc.engines.alternation import current_step
+from numpyro_smc.programs.arguments import check_positive
 
 Schedule = Callable[[Array], Any]
 
@@ -44,6 +45,46 @@ def log_schedule(start: float, stop: float, num_steps: int, *, offset: int = 0) 
     def schedule(step: Array) -> Array:
         progress = jnp.clip((step - offset) / num_steps, 0.0, 1.0)
         return -jnp.expm1((1.0 - progress) * first + progress * last)
+
+    return schedule
+
+
+def burda_schedule(base: float, steps_per_epoch: int, num_stages: int = 8) -> Schedule:
+    r"""Learning rates that fall from stage to stage, while the stages grow [1].
+
+    Stage :math:`i = 0, \dots, S - 1` lasts :math:`3^i` epochs at :math:`10^{-i / (S - 1)}` times ``base``; the last
+    rate, a tenth of the first, stays. The eight stages of [1] are 3280 epochs; training for ten epochs goes through
+    two of them and most of a third.
+
+    :param base: learning rate of the first stage; 0.001 in [1].
+    :param steps_per_epoch: optimiser steps in an epoch.
+    :param num_stages: :math:`S`.
+    :return: function of the step number, as Optax's optimisers take.
+    :raises ValueError: if an argument is not positive.
+
+    **Example**
+
+    .. doctest::
+
+        >>> import optax
+        >>> from numpyro_smc.engines.schedules import burda_schedule
+        >>> rate = burda_schedule(1e-3, steps_per_epoch=600)
+        >>> optim = optax.adam(rate, eps=1e-4)
+        >>> [round(1e3 * float(rate(600 * epoch)), 3) for epoch in (0, 1, 4, 13, 3279)]
+        [1.0, 0.72, 0.518, 0.373, 0.1]
+
+    **References**
+
+    1. *Importance Weighted Autoencoders*, Y. Burda, R. Grosse, R. Salakhutdinov (2016)
+    """
+    if not base > 0.0:
+        raise ValueError(f"burda_schedule: base must be positive, got {base}.")
+    check_positive("burda_schedule", steps_per_epoch=steps_per_epoch, num_stages=num_stages)
+    ends = np.cumsum(3 ** np.arange(num_stages - 1)) * steps_per_epoch
+    rates = base * np.logspace(0.0, -1.0, num_stages)
+
+    def schedule(step: Array) -> Array:
+        return jnp.asarray(rates)[jnp.searchsorted(ends, step, side="right")]
 
     return schedule
 

@@ -24,6 +24,7 @@ from numpyro_smc.programs.density import Program
 ConditionalGaussian = Callable[[Array, Array | None], tuple[Array, Array]]
 
 _AUXILIARY = {"is_auxiliary": True}
+_SMALL = 0.01  # of last layers: q(v_0 | z_0, x) and r(v | z, x) start near N(0, I), and so near each other
 
 
 class AuxiliaryFlowGuide:
@@ -163,7 +164,8 @@ class AuxiliaryFlowGuide:
         if given is None:
             inputs = (z,) if context is None else (z, context)
             sizes = (sum(x.shape[-1] for x in inputs), self.hidden, self.hidden, 2 * self.aux_dim)
-            loc, log_scale = jnp.split(network(f"{self.site}_{which}", sizes)(*inputs), 2, axis=-1)
+            net = network(f"{self.site}_{which}", sizes, last_scale=_SMALL)
+            loc, log_scale = jnp.split(net(*inputs), 2, axis=-1)
             return loc, jnp.exp(log_scale)
         loc, scale = given(z, context)
         expected = (*z.shape[:-1], self.aux_dim)

@@ -104,6 +104,19 @@ class FlowGuide:
     Other programs (more plates, more sites, other arguments) call :func:`flow` themselves. Usable with every ELBO: site
     ``"z"`` is reparameterised and can be scored. Cost: the encoder and the flow.
 
+    KL warm-up [2] trains on :math:`\mathbb E_q[\log p(x, z) - \kappa \log q(z \mid x)]` with :math:`\kappa` rising to
+    one: the whole of :math:`\log q` counts with :math:`\kappa`, log-determinants (and, in
+    :class:`~numpyro_smc.AuxiliaryFlowGuide`, all auxiliary terms) included, the prior in full. It is an argument:
+
+    .. code-block:: python
+
+        def warmed_model(x, weight): model(x)
+        def warmed_guide(x, weight): handlers.scale(guide, scale=weight)(x)
+        state, loss = svi.update(state, x, jnp.minimum(1.0, (epoch + 1) / 400))
+
+    (``kl_weight`` of the package's ELBOs multiplies :math:`\log q(z \mid x) - \log p(z)`, the prior included.) Evaluate
+    with ``model`` and ``guide`` themselves.
+
     :param encoder: a program from rows of data ``[n, ...]`` to ``(loc, scale)``, each ``[n, D]``, or to ``(loc, scale,
         context)`` with ``context`` of shape ``[n, C]``; it may state parameters (``eqx_module``, ``flax_module``).
     :param family: see :func:`flow`.
@@ -137,6 +150,7 @@ class FlowGuide:
     **References**
 
     1. *Variational Inference with Normalizing Flows*, D. Rezende, S. Mohamed (2015)
+    2. *Inference Suboptimality in Variational Autoencoders*, C. Cremer, X. Li, D. Duvenaud (2018)
     """
 
     def __init__(

@@ -1,5 +1,6 @@
 """Where the search for the best distribution of one datum starts: a mean and scales of the model's latents."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from numpyro.distributions import Distribution, ExpandedDistribution, Independen
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal
 
+from numpyro_smc.programs.automatic_guides import latent_vector
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.sites import is_latent
 
@@ -30,17 +32,13 @@ class Start(NamedTuple):
 
     def scale_params(self, guide: AutoContinuous) -> Params:
         """Scales, or their Cholesky factor, as parameters of a Gaussian automatic guide that has read its model."""
-
-        def vector(values: dict[str, Array]) -> Array:
-            # The guide's vector holds the unconstrained sites one after the other.
-            return jnp.concatenate([jnp.ravel(values[name]) for name in guide._init_locs])
-
-        scales = vector(self.scales)
+        scales = latent_vector(guide, self.scales)
         if isinstance(guide, AutoDiagonalNormal):
             return {f"{guide.prefix}_scale": scales}
         if self.draws is None:
             return {f"{guide.prefix}_scale_tril": jnp.diag(scales)}
-        covariance = jnp.atleast_2d(jnp.cov(jax.vmap(vector)(self.draws).T))
+        draws = jax.vmap(partial(latent_vector, guide))(self.draws)
+        covariance = jnp.atleast_2d(jnp.cov(draws.T))
         return {f"{guide.prefix}_scale_tril": jnp.linalg.cholesky(covariance + _JITTER * jnp.eye(len(scales)))}
 
 

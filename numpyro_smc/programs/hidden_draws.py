@@ -34,11 +34,11 @@ class Hides(Messenger):
 
 
 def is_tractable(
+    model: Callable[..., Any],
     trace: dict[str, Site],
     params: Sequence[str],
     observed: Sequence[str],
     context: Sequence[str],
-    model: Callable[..., Any],
 ) -> bool:
     """Whether the program itself gives the likelihood: no hidden draw, and every output a sample site."""
     known = {*params, *observed, *context}

@@ -71,6 +71,7 @@ def test_the_evidence_is_unbiased(loss):
     assert_unbiased_evidence(run(random.split(random.key(1), 400)), LOG_EVIDENCE)
 
 
+@pytest.mark.slow
 def test_a_trained_guide_has_the_posterior_the_evidence_and_the_models_parameter():
     guide = AutoDSMCS(model, 3, 8, base=AutoNormal(model, init_scale=0.5))
     svi = SVI(model, guide, optax.adam(2e-2), Trace_ELBO(num_particles=4))

@@ -129,6 +129,24 @@ def test_the_reverse_model_at_a_sample_of_its_own_is_caught():
         assert_no_better_than_exact(weights)
 
 
+def test_warm_up_weighs_the_whole_of_the_guide_auxiliary_terms_included():
+    """Draws do not depend on the weight, so what it multiplies is exact; without the model nothing else is left."""
+
+    @jax.jit
+    def terms(weight):
+        warmed, silent = handlers.scale(GUIDE, scale=weight), handlers.mask(model, mask=False)
+        of_guide, both = (
+            log_weights(random.key(2), program, warmed, PARAMS, (X,), {}, num_particles=2).values
+            for program in (silent, model)
+        )
+        return of_guide, both - of_guide
+
+    (whole, log_p), (tempered, same), (nothing, _) = map(terms, (1.0, 0.3, 0.0))
+    np.testing.assert_allclose(tempered, 0.3 * whole, atol=1e-5)  # a float32 sum of terms of the order of one
+    np.testing.assert_allclose(same, log_p, atol=1e-5)
+    assert not nothing.any() and np.abs(whole).max() > 1.0
+
+
 def test_the_weight_is_the_written_one():
     with handlers.trace() as trace, handlers.seed(rng_seed=3), handlers.substitute(data=PARAMS):
         GUIDE(X)

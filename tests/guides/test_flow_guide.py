@@ -84,6 +84,33 @@ def test_weights_are_unbiased_and_their_gradient_reaches_the_encoder(family):
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
 
 
+@pytest.mark.parametrize("loss", [Trace_ELBO(), IWELBO(1)], ids=["Trace_ELBO", "IWELBO"])
+def test_warm_up_weighs_the_whole_of_log_q_and_nothing_else(loss):
+    """Draws do not depend on the weight, so the loss is exactly weight * log q - log p of the same draw."""
+    guide, params = case("planar")
+
+    def silent(x, weight):
+        with handlers.mask(mask=False):
+            model(x)
+
+    @jax.jit
+    def terms(weight):
+        def warmed_guide(x, weight):
+            handlers.scale(guide, scale=weight)(x)
+
+        both, log_q = (
+            loss.loss(random.key(3), params, program, warmed_guide, X, weight)
+            for program in (lambda x, weight: model(x), silent)
+        )
+        return log_q, both - log_q
+
+    (log_q, minus_log_p), (tempered, same), (nothing, _) = map(terms, (1.0, 0.3, 0.0))
+    assert float(tempered) == pytest.approx(0.3 * float(log_q), rel=1e-5) and abs(log_q) > 1.0 and nothing == 0.0
+    assert float(same) == pytest.approx(float(minus_log_p), rel=1e-5)
+    plain = loss.loss(random.key(3), params, model, guide, X)
+    assert float(log_q + minus_log_p) == pytest.approx(float(plain), rel=1e-5)
+
+
 @pytest.mark.parametrize("family", FLOWS)
 def test_a_given_value_has_the_density_and_gradient_with_which_it_was_drawn(family):
     """With y = T(z) and log q(y) = h(z), the gradient g of log q solves T'(z)^T g = h'(z)."""

@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numpyro import handlers
-from numpyro.infer import SVI, TraceGraph_ELBO
+from numpyro.infer import SVI, Trace_ELBO, TraceGraph_ELBO
 from numpyro.infer.util import log_density
 from numpyro.optim import Adam
 from scipy.special import expit, log_softmax
 from scipy.stats import norm
 
 from models import vae
+from models.images import load_images
 from models.networks import elu_network, xavier_uniform
 from numpyro_smc import IWELBO
 from numpyro_smc.guides.auxiliary import AuxiliaryFlowGuide
@@ -213,5 +214,16 @@ def test_the_encoder_program_returns_the_published_moments():
         loc, scale, context = vae.gaussian_encoder(encoder, 2)(jnp.asarray(X))
     code = X @ np.asarray(weight).T
     np.testing.assert_allclose(loc, code[:, :2], atol=1e-6)
-    np.testing.assert_allclose(scale, np.exp(code[:, 2:4]), rtol=1e-5)
+    np.testing.assert_allclose(scale, np.exp(0.5 * code[:, 2:4]), rtol=1e-5)  # half the log variance
     np.testing.assert_allclose(context, np.where(code > 0, code, np.expm1(code))[:, 4:], atol=1e-6)
+
+
+def test_a_convolutional_autoencoder_learns_digits():
+    """Eight of them, four times as large and in three equal colours. It starts at log 2 nats a number, or above."""
+    digits = load_images(binarisation="threshold").train[:8].reshape(8, 1, 8, 8)
+    x = jnp.asarray(np.tile(digits.repeat(4, 2).repeat(4, 3), (1, 3, 1, 1)).reshape(8, 3072))
+    encoder, decoder = vae.convolutional_networks(jax.random.key(0), 2, 0, (4, 8, 16), (16, 8, 4))
+    svi = SVI(*vae.gaussian_programs(encoder, decoder, 2), Adam(0.01), Trace_ELBO())
+    losses = svi.run(jax.random.key(1), 30, x, progress_bar=False).losses / x.size
+    assert 0.6 < losses[0] < 1.0
+    assert losses[-5:].mean() < 0.75 * losses[0]
