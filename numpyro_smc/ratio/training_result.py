@@ -13,6 +13,7 @@ import numpy as np
 from numpyro_smc.engines.checkpoint import AnyLength, load_pytree, save_pytree
 from numpyro_smc.ratio.ratio_network import RatioWeights
 from numpyro_smc.ratio.steps import TrainingState
+from numpyro_smc.reports.plots import new_axes
 
 __all__ = ["RatioFit", "TrainingProgress"]
 
@@ -116,10 +117,7 @@ class RatioFit:
         :param ax: Matplotlib axes; new ones by default.
         :return: the axes.
         """
-        if ax is None:
-            from matplotlib import pyplot
-
-            _, ax = pyplot.subplots()
+        ax = new_axes() if ax is None else ax
         epochs = np.arange(1, len(self.table) + 1)
         for name, label in (("loss", "training"), ("validation_loss", "validation")):
             values = self.losses(name)
