@@ -35,6 +35,7 @@ from jax import random
 from benchmarks import report
 from benchmarks.annealed_training import fill_table
 from models.sbi_benchmark import TASKS, load_reference
+from numpyro_smc.ratio.diagnostics.calibration import coverage
 from numpyro_smc.ratio.estimator import RatioEstimator
 from numpyro_smc.ratio.losses import ContrastiveLoss, RatioLoss, ratio_loss
 from numpyro_smc.ratio.networks import residual_mlp
@@ -76,6 +77,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_blocks", type=int, default=3)
     parser.add_argument("--num_samples", type=int, default=10_000, help="draws compared, and particles of SMC")
     parser.add_argument("--num_moves", type=int, default=10, help="of the particles, at each temperature")
+    parser.add_argument("--num_coverage", type=int, default=0, help="simulations for the expected coverage; 0 for none")
     parser.add_argument("--fast", action="store_true", help="a small budget, under a minute of training")
     parser.add_argument("--data-dir", default=None, help="folder of the published files")
     parser.add_argument("--seed", type=int, default=0)
@@ -135,6 +137,15 @@ def posteriors(estimator: RatioEstimator, task: str, options: argparse.Namespace
     return found, time.process_time() - started
 
 
+def coverage_of(estimator: RatioEstimator, options: argparse.Namespace) -> dict[str, float]:
+    """Expected coverage: its largest deviation from the diagonal (above: conservative), and the part below it alone."""
+    key = random.key(options.seed + 2)
+    found = coverage(estimator, key, options.num_coverage, num_samples=200, moves="rwmh", num_moves=options.num_moves)
+    levels = np.linspace(0.01, 0.99, 99)
+    below = float(np.min(found.distribution(levels)[:, 0] - levels))
+    return {"coverage deviation": float(found.deviations[0]), "coverage p": float(found.p_values[0]), "below": below}
+
+
 def beside_published(rows: list[dict[str, Any]], options: argparse.Namespace) -> list[dict[str, Any]]:
     """Means over observations beside the published figures."""
     table = []
@@ -166,6 +177,8 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     @cache
     def trained(task: str, budget: int) -> tuple[dict[int, RatioPosterior], dict[str, Any]]:
         estimator, row = train(task, budget, options)
+        if options.num_coverage:
+            row |= coverage_of(estimator, options)
         found, seconds = posteriors(estimator, task, options)
         return dict(zip(options.observations, found, strict=True)), row | {"sampling CPU s": seconds}
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
+from numpyro_smc.reports import c2st as module
 from numpyro_smc.reports.c2st import c2st
 
 RNG = np.random.default_rng(0)
@@ -41,6 +42,21 @@ def test_definition_is_the_published_one():
     np.testing.assert_allclose(found.folds, expected)
     assert float(found) == found.accuracy == pytest.approx(expected.mean())
     assert repr(found).startswith(f"TwoSampleTest of 150 draws against 200: accuracy {expected.mean():.3f} (folds ")
+
+
+def test_both_are_standardised_by_the_reference_with_one_degree_of_freedom_less(monkeypatch):
+    seen = []
+
+    def keep(network, rows, labels, **kwargs):
+        seen.append((rows, labels))
+        return np.full(5, 0.5)
+
+    monkeypatch.setattr(module, "_classifier", lambda *arguments: (None, None, keep))
+    c2st(REFERENCE[:6], SAME[:9])
+    ((rows, labels),) = seen
+    np.testing.assert_array_equal(labels, np.repeat([0, 1], [6, 9]))
+    np.testing.assert_allclose(rows[:6].std(0, ddof=1), 1)
+    np.testing.assert_allclose(rows[6:], (SAME[:9] - REFERENCE[:6].mean(0)) / REFERENCE[:6].std(0, ddof=1))
 
 
 def test_vectors_are_one_parameter_and_folds_can_be_chosen():
