@@ -54,7 +54,7 @@ PUBLISHED = {
     "gaussian_linear_uniform": {"C": (0.746, 0.660, 0.550), "B": (0.788, 0.706, 0.631)},
     "bernoulli_glm": {"C": (0.802, 0.694, 0.601), "B": (0.899, 0.812, 0.751)},
 }
-FAST = {"num_simulations": [10_000], "num_classes": 20, "batch_size": 256, "max_epochs": 30, "patience": 30}
+FAST = {"num_simulations": [10_000], "num_classes": 8, "max_epochs": 60}
 FREE = ("tasks", "num_simulations", "observations", "output")
 
 
@@ -66,14 +66,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_simulations", nargs="+", type=int, default=[10_000])
     parser.add_argument("--observations", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--loss", default="C", choices=["A", "B", "C", "balanced", "balanced C"])
-    parser.add_argument("--num_classes", type=int, default=50)
+    parser.add_argument("--num_classes", type=int, default=20)
     parser.add_argument("--independent", action="store_true", help="contrasts of C drawn apart for its two classes")
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--max_epochs", type=int, default=150)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--learning_rate", type=float, default=5e-3)
     parser.add_argument("--schedule", default="cosine", choices=["constant", "cosine", "plateau"])
     parser.add_argument("--patience", type=int, default=40)
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--num_blocks", type=int, default=3)
     parser.add_argument("--num_samples", type=int, default=10_000, help="draws compared, and particles of SMC")
     parser.add_argument("--num_moves", type=int, default=10, help="of the particles, at each temperature")

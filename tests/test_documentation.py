@@ -20,6 +20,8 @@ RESULTS = (
     "GradientStatistics",
     "InferenceGap",
     "LocalOptimum",
+    "RatioPosterior",
+    "TwoSampleTest",
 )
 MODULES = [m.name for m in pkgutil.walk_packages(numpyro_smc.__path__, "numpyro_smc.")]
 

@@ -97,7 +97,7 @@ class NRE:
         observed: str | Sequence[str] = "x",
         *,
         loss: str | RatioLoss = "C",
-        num_classes: int = 32,
+        num_classes: int = 10,
         gamma: float = 1.0,
         masks: MaskLaw | Sequence[Any] | str | None = None,
         marginals: Sequence[Any] | str | None = None,

@@ -23,7 +23,7 @@ from numpyro_smc.ratio.stored_data import write
 from numpyro_smc.ratio.training import fit
 
 SMALL = RatioNetwork(2, mlp(8, 0), has_masks=True)
-QUICK = {"batch_size": 50, "max_epochs": 4, "progress_bar": False}
+QUICK = {"batch_size": 50, "max_epochs": 4, "learning_rate": 1e-3, "schedule": "constant", "progress_bar": False}
 
 
 def simulate(rng_key, num):
