@@ -169,7 +169,7 @@ def beside_published(rows: list[dict[str, Any]], options: argparse.Namespace) ->
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parse_arguments(argv)
-    settings = {name: value for name, value in vars(options).items() if name != "data_dir"}
+    settings = {name: value for name, value in vars(options).items() if name not in ("data_dir", "output")}
     report.print_environment(settings)
     print()
     Path(options.output).mkdir(parents=True, exist_ok=True)

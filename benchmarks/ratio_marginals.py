@@ -195,7 +195,7 @@ def check(name: str, estimator: RatioEstimator, rng_key: Any, options: Options) 
     candidates = [] if is_plain else _named(estimator, np.ones(len(estimator.elements), bool))
     free = _independent(estimator, [element for element in candidates if _knows(estimator, [element])])
     if free:
-        found = marginal_coverage(estimator, coverage_key, options.num_coverage, free, options.bins)
+        found = marginal_coverage(estimator, coverage_key, options.num_coverage, free, 10 * options.bins)
         row["coverage deviation"] = float(found.deviations[np.argmax(np.abs(found.deviations))])
         found.plot().figure.savefig(folder / f"{name}_coverage.png", dpi=120)
         observed = estimator.simulate(observation_key, options.num_consistency)
@@ -284,7 +284,8 @@ def _of(estimator: RatioEstimator, theta: Any, names: list[str]) -> np.ndarray:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parse_arguments(argv)
-    settings = {name: value for name, value in vars(options).items() if name not in ("data_dir", "no_progress")}
+    left_out = ("data_dir", "no_progress", "output")
+    settings = {name: value for name, value in vars(options).items() if name not in left_out}
     report.print_environment(settings)
     print()
     jax.config.update("jax_enable_x64", any(name.startswith("gw") for name in options.experiments))

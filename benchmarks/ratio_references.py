@@ -149,7 +149,7 @@ def uniformity(shares: np.ndarray) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     options = parse_arguments(argv)
-    settings = {name: value for name, value in vars(options).items() if name != "data_dir"}
+    settings = {name: value for name, value in vars(options).items() if name not in ("data_dir", "output")}
     report.print_environment(settings)
     print()
     folder, free = Path(options.output), ("tasks", "observations", "methods", "output")

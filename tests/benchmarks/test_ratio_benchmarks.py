@@ -23,7 +23,7 @@ def test_posteriors_are_compared_with_references_and_the_table_resumes(tmp_path,
     assert all(0.4 < row["C2ST"] <= 1 and np.isfinite(row["calibration"]) for row in rows)
     document = json.loads((tmp_path / "ratio_benchmark.json").read_text())
     assert document["settings"]["loss"] == "C" and "jax" in document["environment"]
-    assert not {"data_dir"} & set(document["settings"])
+    assert not {"data_dir", "output"} & set(document["settings"])
     monkeypatch.setattr(ratio_benchmark, "train", None)
     assert len(ratio_benchmark.main(argv)) == 2
 

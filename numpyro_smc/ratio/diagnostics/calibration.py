@@ -80,7 +80,7 @@ def marginal_coverage(
     rng_key: Array,
     num_pairs: int = 1000,
     params: Sequence[str] | None = None,
-    num: int = 200,
+    num: int = 500,
 ) -> Uniformity:
     r"""Expected coverage of the marginals of one element each, on grids: no sampling, so that many pairs are cheap [1].
 
@@ -88,7 +88,7 @@ def marginal_coverage(
     :func:`coverage`.
 
     :param num_pairs: simulations. **params** - names of sites or elements; all by default.
-    :param num: cells of the grids.
+    :param num: cells of the grids; a posterior narrower than a cell counts as certain, and its truth as at its peak.
     :raises ValueError: for marginals that were not learned, or whose prior has no density in closed form.
 
     **References**
