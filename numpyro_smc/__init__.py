@@ -13,7 +13,7 @@ from numpyro_smc.elbo.sticking_the_landing import STL
 from numpyro_smc.elbo.tvo import TVO
 from numpyro_smc.elbo.vimco import VIMCO
 from numpyro_smc.engines.alternation import StepwiseOptim, alternating
-from numpyro_smc.engines.schedules import log_schedule
+from numpyro_smc.engines.schedules import burda_schedule, log_schedule
 from numpyro_smc.engines.training import FitResult, fit
 from numpyro_smc.evidence.ais import AIS
 from numpyro_smc.evidence.bidirectional import BoundsFromBothSides, bidirectional
@@ -94,6 +94,7 @@ __all__ = [
     "alternating",
     "bidirectional",
     "bootstrap",
+    "burda_schedule",
     "c2st",
     "corner",
     "extend_guide",

@@ -8,6 +8,7 @@ from jax import Array, lax, random
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer.autoguide import AutoContinuous
 
+from numpyro_smc.programs.automatic_guides import latent_vector
 from numpyro_smc.programs.density import Draw, Pair, Params, is_point
 from numpyro_smc.programs.guide_target import State
 from numpyro_smc.programs.simulated_arguments import Simulate, simulate_pair
@@ -34,9 +35,12 @@ def _state(rng_key: Array, pair: Pair, params: Params, latents: Draw) -> State:
     guide = pair.guide
     if isinstance(guide, AutoContinuous):
         # Its one latent is a vector that holds the unconstrained sites one after the other.
-        sites = [latents.trace[name] for name in guide._init_locs]
-        values = [jnp.ravel(biject_to(site["fn"].support).inv(site["value"])) for site in sites]
-        return {f"_{guide.prefix}_latent": jnp.concatenate(values)}
+        reals = {
+            name: biject_to(site["fn"].support).inv(site["value"])
+            for name, site in latents.trace.items()
+            if is_latent(site)
+        }
+        return {f"_{guide.prefix}_latent": latent_vector(guide, reals)}
     trace = pair.redraw(rng_key, jnp.asarray(0), params, latents).trace
     moving = {name: site for name, site in trace.items() if is_latent(site) and not is_point(site["fn"])}
     for name in moving:

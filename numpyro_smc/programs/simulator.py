@@ -8,6 +8,7 @@ evaluate it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -68,6 +69,7 @@ class Simulator:
         self.context = _names(context, "context", user) if len(context) else ()
         trace = _trace(handlers.seed(model, random.key(0)))
         self._check(trace)
+        self._sites = {name: trace[name] for name in self.params}
         self.shapes = {name: jnp.shape(trace[name]["value"]) for name in (*self.params, *self.context)}
         self.size = sum(int(np.prod(self.shapes[name])) for name in self.params)
         self.context_size = sum(int(np.prod(self.shapes[name])) for name in self.context)
@@ -164,7 +166,6 @@ class Simulator:
             distribution is neither factorised nor multivariate normal, or a site whose prior depends on parameters that
             are not wholly chosen.
         """
-        trace = _trace(handlers.seed(self.model, random.key(0)))
         parts: list[Callable[[Array], Array]] = []
         ends: list[int] = []
         last = 0
@@ -178,7 +179,7 @@ class Simulator:
                     f"{self.user}: the prior of site '{name}' depends on other parameters, so its marginal has no "
                     f"density in closed form. Use sir or sample, which need none."
                 )
-            parts.append(density_of_elements(trace[name], name, indices, self.user))
+            parts.append(density_of_elements(self._sites[name], name, indices, self.user))
             ends.append((ends[-1] if ends else 0) + len(indices))
 
         def log_density(values: Array) -> Array:
@@ -189,8 +190,7 @@ class Simulator:
 
     def support(self) -> np.ndarray:
         """Bounds of the parameters' elements, infinite where there are none: ``[D, 2]``."""
-        trace = _trace(handlers.seed(self.model, random.key(0)))
-        return np.concatenate([bounds_of_elements(trace[name]) for name in self.params])
+        return np.concatenate([bounds_of_elements(self._sites[name]) for name in self.params])
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -272,11 +272,16 @@ class Simulator:
         sites = [f"'{site}'" for site in found if site != name and site not in self.params]
         return f"the hidden site{'s' * (len(sites) > 1)} {', '.join(sites)}" if sites else "a hidden draw"
 
+    @cache  # noqa: B019
     def _is_free(self, name: str) -> bool:
         """Whether a parameter's prior is the same whatever the other parameters are."""
-        value = _trace(handlers.seed(self.model, random.key(0)))[name]["value"]
-        densities, _ = self._probe({name: value}, random.split(random.key(2), _NUM_PROBES))
-        return _is_constant(densities[name])
+        program = handlers.substitute(self.model, data={name: self._sites[name]["value"]})
+
+        def log_density(key: Array) -> Array:
+            site = _trace(handlers.seed(program, key))[name]
+            return jnp.sum(site["fn"].log_prob(site["value"]))
+
+        return _is_constant(jax.jit(jax.vmap(log_density))(random.split(random.key(2), _NUM_PROBES)))
 
 
 def _trace(program: Program) -> dict[str, Site]:

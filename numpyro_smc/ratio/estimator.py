@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, random
+from jax import Array, lax, random
 
 from numpyro_smc.engines.checkpoint import save_pytree
 from numpyro_smc.programs.simulator import Program, Simulations, Simulator
@@ -20,6 +20,8 @@ from numpyro_smc.ratio.posterior import RatioPosterior
 from numpyro_smc.ratio.ratio_network import RatioNetwork, RatioWeights
 from numpyro_smc.ratio.truncation import Box
 from numpyro_smc.samplers.smc_sampler import SMCSampler
+
+_ROWS = 10_000
 
 
 class RatioEstimator:
@@ -52,7 +54,9 @@ class RatioEstimator:
         self.box, self.description, self.training = box, description, training
         self.elements = simulator.elements
         self._samplers: dict[Any, SMCSampler] = {}
-        self._simulate = jax.jit(jax.vmap(self._simulate_one))
+        self._simulate = jax.jit(jax.vmap(lambda key: simulator.simulate(key)))
+        self._prior = jax.jit(jax.vmap(simulator.prior))
+        self._of_rows = jax.jit(self._log_ratios_of_rows, static_argnums=3)
 
     def __repr__(self) -> str:
         loss = type(self.loss).__name__
@@ -72,29 +76,43 @@ class RatioEstimator:
         """
         chosen = self.simulator.mask(params)
         theta = self.simulator.ravel(theta) if isinstance(theta, dict) else jnp.asarray(theta)
-        return self._of_chosen(theta, self.network.features(self.weights, x, self._context(context)), chosen)
+        features = self.network.features(self.weights, x, self._context(context))
+        return self._of_chosen(theta, features, chosen, self._check(chosen))
 
     def log_ratio_given(self, x_obs: Any, chosen: np.ndarray, context: Any = None) -> Callable[[Array], Array]:
         """The log ratio of one observation, or of several independent ones, as a function of ``[..., D]``."""
+        features = self._features(x_obs, chosen, context)
+        return lambda theta: self._summed(theta, features, chosen, self._check(chosen))
+
+    def log_ratios_of(self, theta: Array, x_obs: Any, chosen: np.ndarray, context: Any = None) -> Array:
+        """The same of many parameters ``[n, D]``, in parts, by a program that is compiled once for all observations."""
+        features = self._features(x_obs, chosen, context)
+        return self._of_rows(theta, features, jnp.asarray(chosen), self._check(chosen))
+
+    def _log_ratios_of_rows(self, theta: Array, features: Array, chosen: Array, index: int | None) -> Array:
+        def one(row: Array) -> Array:
+            return self._summed(row, features, chosen, index)
+
+        return lax.map(one, theta, batch_size=min(_ROWS, len(theta)))
+
+    def _features(self, x_obs: Any, chosen: np.ndarray, context: Any) -> Array:
         x = jnp.asarray(x_obs, jnp.result_type(float))
         event = self.simulator.event_shape
         if x.shape[x.ndim - len(event) :] != event or x.ndim > len(event) + 1:
             raise ValueError(
-                f"RatioEstimator: the observation has shape {x.shape}; expected {event}, as the simulator returns "
-                f"it, or one leading axis more for independent observations. Use sample_many for separate problems."
+                f"RatioEstimator: the observation has shape {x.shape}; expected {event}, as the simulator returns it, "
+                f"or one leading axis more for independent observations. Use sample_many for separate problems."
             )
         self._check(chosen)
-        features = self.network.features(self.weights, x, self._context(context))
+        return self.network.features(self.weights, x, self._context(context))
 
-        def log_ratio(theta: Array) -> Array:
-            if features.ndim == 1:
-                return self._of_chosen(theta, features, chosen)
-            return jnp.sum(self._of_chosen(theta[..., None, :], features, chosen), -1)
+    def _summed(self, theta: Array, features: Array, chosen: Any, index: int | None) -> Array:
+        """Summed over independent observations, if there are several."""
+        if features.ndim == 1:
+            return self._of_chosen(theta, features, chosen, index)
+        return jnp.sum(self._of_chosen(theta[..., None, :], features, chosen, index), -1)
 
-        return log_ratio
-
-    def _of_chosen(self, theta: Array, features: Array, chosen: np.ndarray) -> Array:
-        index = self._check(chosen)
+    def _of_chosen(self, theta: Array, features: Array, chosen: Any, index: int | None) -> Array:
         if index is not None:
             return self.network.log_ratio_of_features(self.weights, theta, features)[..., index]
         mask = chosen if self.network.has_masks else None
@@ -225,10 +243,7 @@ class RatioEstimator:
 
     def prior(self, rng_key: Array, num: int) -> Array:
         """Draws of the parameters from the prior, ``[num, D]``."""
-        return jax.jit(jax.vmap(self.simulator.prior))(random.split(rng_key, num))
-
-    def _simulate_one(self, rng_key: Array) -> Simulations:
-        return self.simulator.simulate(rng_key)
+        return self._prior(random.split(rng_key, num))
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the weights to one file; :meth:`NRE.load` of an equal NRE reads it."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax, random
+from jax import Array, random
 
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.resampling import systematic
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
     from numpyro_smc.ratio.estimator import RatioEstimator
 
 _MOST_CELLS = 10_000_000
-_CHUNK = 10_000
+_DRAWS = 20_000
 _FEW = 100
 
 
@@ -35,7 +34,7 @@ class Marginal:
         self.estimator, self.x_obs, self.context = estimator, x_obs, context
         self.chosen = estimator.simulator.mask(params)
         self.elements = tuple(np.asarray(estimator.simulator.elements)[self.chosen].tolist())
-        self._log_ratio_of_all = estimator.log_ratio_given(x_obs, self.chosen, context)
+        estimator.log_ratio_given(x_obs, self.chosen, context)  # bad input is found here
 
     def __repr__(self) -> str:
         return f"Marginal({', '.join(self.elements)})"
@@ -45,9 +44,15 @@ class Marginal:
 
         :param values: ``[..., k]``.
         """
-        values = jnp.asarray(values)
+        return self.estimator.log_ratio_given(self.x_obs, self.chosen, self.context)(self._full(jnp.asarray(values)))
+
+    def _full(self, values: Array) -> Array:
+        """Vectors of all elements, those left out zero."""
         full = jnp.zeros((*values.shape[:-1], len(self.chosen)), values.dtype)
-        return self._log_ratio_of_all(full.at[..., np.flatnonzero(self.chosen)].set(values))
+        return full.at[..., np.flatnonzero(self.chosen)].set(values)
+
+    def _log_ratios(self, theta: Array) -> Array:
+        return self.estimator.log_ratios_of(theta, self.x_obs, self.chosen, self.context)
 
     def grid(self, num: int = 100, bounds: Sequence[tuple[float, float]] | None = None) -> Grid:
         """The density at the centres of a grid's cells; of three parameters at most.
@@ -70,7 +75,7 @@ class Marginal:
         axes = self.axes(num, bounds)
         points = jnp.asarray(np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], -1))
         points = points.astype(jnp.result_type(float))
-        log_density = _in_chunks(lambda values: self.log_ratio(values) + log_prior(values), points)
+        log_density = self._log_ratios(self._full(points)) + jax.vmap(log_prior)(points)
         return Grid.of(axes, np.asarray(log_density, float).reshape((num,) * size), self.elements, self._is_calibrated)
 
     def axes(self, num: int, bounds: Sequence[tuple[float, float]] | None = None) -> list[np.ndarray]:
@@ -91,7 +96,7 @@ class Marginal:
         check_positive("Marginal.sir", num_samples=num_samples)
         draw_key, resample_key, order_key = random.split(rng_key, 3)
         theta = self.estimator.prior(draw_key, num_draws or max(10 * num_samples, 10_000))
-        log_weights, _, ess = normalise(_in_chunks(self._log_ratio_of_all, theta))
+        log_weights, _, ess = normalise(self._log_ratios(theta))
         if ess < _FEW:
             warnings.warn(
                 f"Marginal.sir: only {float(ess):.0f} of {len(theta)} prior draws carry the weight, so that most of "
@@ -123,12 +128,8 @@ class Marginal:
         return self.estimator.loss.calibrated
 
     def _bounds(self) -> np.ndarray:
-        draws = np.asarray(self.estimator.prior(random.key(0), 20_000))[:, self.chosen]
-        found = np.stack([draws.min(0), draws.max(0)], -1)
         known = self.estimator.simulator.support()[self.chosen]
-        return np.where(np.isfinite(known), known, found)
-
-
-def _in_chunks(fn: Callable[[Array], Array], rows: Array) -> Array:
-    """``fn`` of single rows, over all of them."""
-    return jax.jit(lambda rows: lax.map(fn, rows, batch_size=min(_CHUNK, math.prod(rows.shape[:1]))))(rows)
+        if np.isfinite(known).all():
+            return known
+        draws = np.asarray(self.estimator.prior(random.key(0), _DRAWS))[:, self.chosen]
+        return np.where(np.isfinite(known), known, np.stack([draws.min(0), draws.max(0)], -1))

@@ -35,22 +35,23 @@ class ExactNetwork:
         return jnp.asarray(x)
 
     def log_ratio_of_features(self, weights, theta, features, mask=None):
-        kept = np.ones(3, bool) if mask is None else np.asarray(mask)
+        kept = jnp.ones(3, bool) if mask is None else jnp.asarray(mask)
         mean = DESIGN @ LOCS
         shift = (jnp.asarray(theta) - LOCS) @ (DESIGN * kept).T
-        given = _log_density(features - mean - shift, _covariance(~kept))
-        return given - _log_density(features - mean, _covariance(np.ones(3, bool))) + self.error(theta)
+        given = _log_density(features - mean - shift, jnp.sum(kept * jnp.array([1, 2, 4])))
+        return given - _log_density(features - mean, 0) + self.error(theta)
 
 
-def _covariance(unknown):
-    """Of the output, given the parameters that are not unknown."""
-    return (DESIGN * unknown * SCALES**2) @ DESIGN.T + np.diag(NOISE**2)
+#: Of the output given the parameters that are kept, by the number whose binary digits they are.
+COVARIANCES = [
+    (DESIGN * [not number >> i & 1 for i in range(3)] * SCALES**2) @ DESIGN.T + np.diag(NOISE**2) for number in range(8)
+]
 
 
-def _log_density(residual, covariance):
-    return -0.5 * jnp.sum((residual @ np.linalg.inv(covariance)) * residual, -1) - 0.5 * np.log(
-        np.linalg.det(covariance)
-    )
+def _log_density(residual, number):
+    precision = jnp.asarray(np.linalg.inv(COVARIANCES))[number]
+    log_det = jnp.asarray(np.linalg.slogdet(COVARIANCES)[1])[number]
+    return -0.5 * jnp.sum((residual @ precision) * residual, -1) - 0.5 * log_det
 
 
 def posterior(x):

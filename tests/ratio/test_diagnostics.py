@@ -114,7 +114,7 @@ def test_marginals_of_one_ratio_are_consistent():
 def test_marginals_that_disagree_are_found():
     class Shifted(ExactNetwork):
         def log_ratio_of_features(self, weights, theta, features, mask=None):
-            shift = 1.0 if mask is not None and np.sum(mask) == 2 else 0.0
+            shift = jnp.where(jnp.sum(jnp.asarray(mask)) == 2, 1.0, 0.0)
             return super().log_ratio_of_features(weights, theta + shift, features, mask)
 
     estimator = RatioEstimator(exact_estimator().simulator, Shifted(), (), exact_estimator().loss)
