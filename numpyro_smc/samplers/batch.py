@@ -53,10 +53,12 @@ class Batch:
                 bar.update(sum(run.temperature >= 1.0 for run in runs) - bar.n)
         for run in runs:
             warn_of_stuck_particles(run)
-        values, log_weights = self._finish(state, params, data)
-        clouds = jax.tree.map(np.asarray, state._replace(rng_key=None))
+        # On the host first: slices of device arrays cost more than all the arithmetic of a problem.
+        values, log_weights, clouds = jax.tree.map(
+            np.asarray, (*self._finish(state, params, data), state._replace(rng_key=None))
+        )
         return [
-            self.sampler._result_of(Progress(_row(clouds, i), run.history), _row(values, i), log_weights[i])
+            self.sampler._result_of(Progress(_row(clouds, i), run.history), _on_device(_row(values, i)), log_weights[i])
             for i, run in enumerate(runs)
         ]
 
@@ -77,6 +79,10 @@ class Batch:
 
 def _row(tree: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _on_device(tree: Any) -> Any:
+    return jax.tree.map(jnp.asarray, tree)
 
 
 def _over_problems(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,6 +12,8 @@ from jax import Array, random
 from tqdm import tqdm
 
 from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.resampling import systematic
+from numpyro_smc.samplers.result import SMCResult
 
 if TYPE_CHECKING:
     from numpyro_smc.ratio.estimator import RatioEstimator
@@ -61,9 +63,23 @@ def simulated_posteriors(
         given = None if context is None else context[rows]
         key = random.fold_in(run_key, first)
         runs = estimator.sample_many(key, x[rows], params, given, num_particles=num_samples, **options)
-        draws = np.stack([np.asarray(simulator.ravel(run.get_samples())) for run in runs])
-        samples.append(draws[first - rows.start :])
+        particles = jnp.stack([simulator.ravel(run.samples) for run in runs])
+        draws = _resampled(random.split(random.fold_in(key, 1), len(runs)), particles, _weights(runs))
+        samples.append(np.asarray(draws)[first - rows.start :])
     return SimulatedPosteriors(theta, x, context, jnp.asarray(np.concatenate(samples)))
+
+
+def _weights(runs: Sequence[SMCResult]) -> Array:
+    return jnp.stack([run.log_weights for run in runs])
+
+
+@jax.jit
+@jax.vmap
+def _resampled(rng_key: Array, particles: Array, log_weights: Array) -> Array:
+    """Equally weighted, in random order."""
+    order_key, ancestor_key = random.split(rng_key)
+    chosen = systematic(ancestor_key, log_weights, len(log_weights))
+    return particles[random.permutation(order_key, chosen)]
 
 
 def log_posteriors(estimator: RatioEstimator, found: SimulatedPosteriors) -> tuple[np.ndarray, np.ndarray]:
