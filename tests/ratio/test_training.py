@@ -371,7 +371,6 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path):
         ({"loss": SoftmaxLoss(4), "log_weight": lambda *_: 0.0}, r"for BinaryLoss only"),
         ({"checkpoint": "no/such/folder/run.npz"}, r"the folder of checkpoint='no/such/folder/run.npz' does not exist"),
     ],
-    ids=str,
 )
 def test_what_makes_no_sense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
