@@ -5,8 +5,8 @@ from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Two devices, so that sharded data can be tested; everything else runs on the first. Programs of tests are compiled
-# once and run briefly: no optimisation takes a third off the whole.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0")
+# once and run briefly: less optimisation takes a fifth off the whole.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=1")
 
 import jax
 import pytest

@@ -166,6 +166,7 @@ def test_without_resampling_both_classes_agree_to_the_bit():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_recomputation_changes_no_number():
     params = initial_params(DSMCS(4, 7))
     results = []

@@ -218,7 +218,11 @@ def test_flow_and_reverse_model_get_the_same_gradient_from_every_pathwise_loss()
         assert_finite_and_somewhere_nonzero(found)
 
 
-@pytest.mark.parametrize("loss", [VIMCO(3), RWS(3), DAIS(1, 1)], ids=lambda loss: type(loss).__name__)
+@pytest.mark.parametrize(
+    "loss",
+    [VIMCO(3), RWS(3), pytest.param(DAIS(1, 1), marks=pytest.mark.slow)],
+    ids=lambda loss: type(loss).__name__,
+)
 def test_other_losses_take_auxiliary_guides(loss):
     params = PARAMS
     if isinstance(loss, DAIS):
