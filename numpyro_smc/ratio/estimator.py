@@ -225,7 +225,11 @@ class RatioEstimator:
 
     def _sampler(self, params: Sequence[str] | None, options: dict[str, Any]) -> SMCSampler:
         chosen = self.simulator.mask(params)
-        key = (chosen.tobytes(), tuple(sorted((name, repr(value)) for name, value in options.items())))
+        key = (chosen.tobytes(), tuple(sorted(options.items())))
+        try:
+            hash(key)
+        except TypeError:  # an array of temperatures, say: two of them are not told apart by any name
+            return SMCSampler(self.program(chosen), **options)
         if key not in self._samplers:
             self._samplers[key] = SMCSampler(self.program(chosen), **options)
         return self._samplers[key]

@@ -116,7 +116,7 @@ def roc(
 
     **References**
 
-    1. *Towards Reliable Simulation-Based Inference with Balanced Neural Ratio Estimation*, A. Delaunoy et al. (2022)
+    1. *Likelihood-free MCMC with Amortized Approximate Ratio Estimators*, J. Hermans, V. Begy, G. Louppe (2020)
     """
     check_positive("roc", num_pairs=num_pairs)
     theta, x, context = estimator.simulate(rng_key, num_pairs)
