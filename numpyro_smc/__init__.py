@@ -30,6 +30,8 @@ from numpyro_smc.guides.flow import FlowGuide, flow
 from numpyro_smc.guides.gap_result import InferenceGap
 from numpyro_smc.guides.inference_gap import inference_gap
 from numpyro_smc.guides.local import LocalOptimizer, LocalOptimum
+from numpyro_smc.kernels.conditional_smc import ConditionalSMC
+from numpyro_smc.kernels.particle_gibbs import ParticleGibbs
 from numpyro_smc.programs import resampling
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.twist import gauss_hermite, twist
@@ -65,6 +67,7 @@ __all__ = [
     "AuxiliaryFlowGuide",
     "BoundGap",
     "BoundsFromBothSides",
+    "ConditionalSMC",
     "DReG",
     "DecayingAverage",
     "Evidence",
@@ -77,6 +80,7 @@ __all__ = [
     "LocalOptimizer",
     "LocalOptimum",
     "ParticleFilter",
+    "ParticleGibbs",
     "PoissonMask",
     "RatioEstimator",
     "RatioPosterior",

@@ -82,6 +82,7 @@ class Recursion(NamedTuple):
 
 
 Keep = Callable[[ParticleState, Move], Any]
+Pivots = Callable[[Array, Array, Any, ParticleState], Array]
 
 
 def initialise(rng_key: Array, model: FeynmanKac, num_particles: int) -> tuple[ParticleState, StepInfo, Move]:
@@ -101,9 +102,19 @@ def step_keys(rng_key: Array, t: Array) -> Array:
 
 
 def advance(
-    keys: Array, model: FeynmanKac, resample: ResampleFn | None, state: ParticleState, t: Array, inputs: Any
+    keys: Array,
+    model: FeynmanKac,
+    resample: ResampleFn | None,
+    state: ParticleState,
+    t: Array,
+    inputs: Any,
+    pivots: Pivots | None = None,
 ) -> tuple[ParticleState, StepInfo, Move]:
-    """One step of the recursion, with the keys of :func:`step_keys`."""
+    """One step of the recursion, with the keys of :func:`step_keys`.
+
+    :param pivots: for conditional SMC, ``(rng_key, t, inputs, state)`` to the ancestors, int ``[*batch]``, that
+        particle 0 must have where the cloud is resampled.
+    """
     resample_key, move_key = keys[0], keys[1]
     cloud, log_weights = state
     num_particles, batch = log_weights.shape[0], log_weights.shape[1:]
@@ -114,8 +125,12 @@ def advance(
     else:
         # Equal initial weights are never resampled: that would only add noise.
         allowed = jnp.asarray(True) if model.has_initial_weights else t > 0
+        pivot = None
+        if pivots is not None:
+            resample_key, pivot_key = random.split(resample_key)
+            pivot = pivots(pivot_key, t, inputs, state)
         particles, log_weights, ancestors, resampled, score = resample(
-            resample_key, log_weights, cloud.particles, t, allowed
+            resample_key, log_weights, cloud.particles, t, allowed, pivot
         )
         cloud = Cloud(particles, cloud.shared)
     cloud, move = model.step(move_key, t, inputs, cloud, num_particles)
@@ -132,6 +147,7 @@ def run(
     *,
     keep: Keep | None = None,
     remat: bool | str = False,
+    pivots: Pivots | None = None,
 ) -> Recursion:
     """Run the recursion over all steps.
 
@@ -139,6 +155,7 @@ def run(
         memory is O(N) however long the series.
     :param remat: recompute each step in the backward pass instead of storing its intermediate values; ``"sqrt"``
         also recomputes the states between, from one in about every :math:`\\sqrt T` that is stored.
+    :param pivots: see :func:`advance`.
     """
     init_key, run_key = random.split(rng_key)
     state, initial, move = initialise(init_key, model, num_particles)
@@ -146,7 +163,7 @@ def run(
 
     def step(state: ParticleState, timed: tuple[Array, Array, Any]) -> tuple[ParticleState, StepInfo]:
         t, keys, inputs = timed
-        new_state, info, move = advance(keys, model, resample, state, t, inputs)
+        new_state, info, move = advance(keys, model, resample, state, t, inputs, pivots)
         return new_state, info._replace(
             history=None if keep is None else keep(new_state, move),
             ancestors=info.ancestors if keep is not None else jnp.zeros((), jnp.int32),

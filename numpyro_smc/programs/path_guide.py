@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, random
 from numpyro.distributions import Delta, Distribution, ExpandedDistribution, Independent, MaskedDistribution
 from numpyro.ops.provenance import eval_provenance
+from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.draws import CloudDraws, draw
 from numpyro_smc.programs.halves import Overwrite
@@ -53,8 +54,8 @@ def path_parents(program: Callable[[], Any], guide_trace: Trace, path: Trace) ->
     return frozenset().union(*eval_provenance(densities, **latents)) if latents else frozenset()
 
 
-def draw_step(path: Trace, t: Array, rng_key: Array, index: Array) -> Trace:
-    """One step's sites of a factorised path guide, drawn for the particle ``index``."""
+def draw_step(path: Trace, t: Array, rng_key: Array, index: Array, around: tuple[Messenger, ...] = ()) -> Trace:
+    """One step's sites of a factorised path guide, drawn for the particle ``index`` under the handlers ``around``."""
     trace = {}
     for name, site in path.items():
         rng_key, key = random.split(rng_key)
@@ -62,6 +63,8 @@ def draw_step(path: Trace, t: Array, rng_key: Array, index: Array) -> Trace:
         frames = [frame for frame in site["cond_indep_stack"] if -frame.dim <= len(fn.batch_shape)]
         value = draw(key, fn, index)[0]
         trace[name] = site | {"fn": fn, "value": value, "intermediates": [], "cond_indep_stack": frames, "drawn": True}
+        for handler in reversed(around):
+            handler.process_message(trace[name])
     return trace
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
+from numpyro.ops.provenance import eval_provenance
 
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import Half
@@ -90,3 +91,31 @@ def _observed_per_step(sequence: Sequence) -> Array:
         return model.split(carry)[1], seen
 
     return lax.scan(observe, still, (jnp.arange(sequence.length), model.scan.inputs()))[1]
+
+
+def depends_on_past(sequence: Sequence) -> bool:
+    """Whether a step's new carry depends on the old one in other ways than through the step's own latents.
+
+    The past of a path cannot be exchanged then without changing the carries of its whole future.
+    """
+    cloud, move = jax.eval_shape(
+        lambda: sequence.step(random.key(0), jnp.asarray(0), _first(sequence.inputs()), _initial(sequence), 1)
+    )
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (cloud, move.values))
+    past = jax.tree.map(lambda leaf: leaf[0], zeros[0].particles)
+    future = {name: zeros[1][name][0] for name in step_latents(sequence)}
+    x = _first(sequence.inputs()["model"])
+
+    def carry(past: Any, future: Any) -> Any:
+        return replay_step(sequence, jnp.asarray(0), x, past, zeros[0].shared, future)[0]
+
+    uses = eval_provenance(carry, past=past, future=future)
+    return any("past" in found for found in jax.tree.leaves(uses, is_leaf=lambda leaf: isinstance(leaf, frozenset)))
+
+
+def _initial(sequence: Sequence) -> Any:
+    return sequence.init(random.key(0), 1)[0]
+
+
+def _first(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], tree)

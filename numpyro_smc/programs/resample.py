@@ -1,13 +1,13 @@
 """Resampling a cloud of particles: scheme, schedule and gradient treatment composed into one function."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
 
-from numpyro_smc.programs.resampling import Scheme, resolve
+from numpyro_smc.programs.resampling import Scheme, available, resolve
 from numpyro_smc.programs.resampling.mixing import log_probabilities
 from numpyro_smc.programs.weights import log_mean_exp, normalise
 
@@ -32,7 +32,25 @@ class Resampled(NamedTuple):
 
 
 Decision = Callable[[Array, Array], Array]
-ResampleFn = Callable[[Array, Array, Any, Array, Array], Resampled]
+
+
+class ResampleFn(Protocol):
+    """One resampling decision for a cloud.
+
+    :param allowed: whether resampling makes sense at all before this step.
+    :param pivots: int ``[*batch]``, the ancestors that slot 0 must have where the cloud is resampled (conditional
+        resampling, for particle Gibbs); ``None`` for ordinary resampling.
+    """
+
+    def __call__(
+        self,
+        rng_key: Array,
+        log_weights: Array,
+        particles: Any,
+        t: Array,
+        allowed: Array,
+        pivots: Array | None = None,
+    ) -> Resampled: ...
 
 
 def schedule(resample: str | Decision, ess_threshold: float) -> Decision | None:
@@ -110,10 +128,17 @@ def build(
         keys = random.split(rng_key) if scheme.keep is not None else (rng_key, rng_key)
         return keys[0], keys[1]
 
-    def chosen(rng_key: Array, log_weights: Array) -> tuple[Array, Array, Array]:
+    def ancestors_of(rng_key: Array, log_weights: Array, pivot: Array | None) -> Array:
+        if pivot is None:
+            assert scheme.ancestors is not None
+            return scheme.ancestors(rng_key, log_weights, log_weights.shape[0])
+        if scheme.conditional is None or scheme.transport is not None or scheme.selection is not None:
+            raise ValueError(no_conditional(scheme))
+        return scheme.conditional(rng_key, log_weights, log_weights.shape[0], pivot, jnp.asarray(0))
+
+    def chosen(rng_key: Array, log_weights: Array, pivot: Array | None) -> tuple[Array, Array, Array]:
         """Ancestors, new log weights and log probability of one problem's resampling."""
-        assert scheme.ancestors is not None
-        ancestors = scheme.ancestors(rng_key, lax.stop_gradient(log_weights), log_weights.shape[0])
+        ancestors = ancestors_of(rng_key, lax.stop_gradient(log_weights), pivot)
         dead = jnp.isneginf(log_weights)
         new_log_weights = jnp.zeros_like(log_weights)
         if scheme.selection is not None:
@@ -132,27 +157,31 @@ def build(
             log_prob = scheme.log_prob(ancestors, log_weights)
         return ancestors, new_log_weights, log_prob
 
-    def moved(rng_key: Array, log_weights: Array, particles: Any) -> tuple[Any, Array, Array, Array]:
+    def moved(
+        rng_key: Array, log_weights: Array, particles: Any, pivot: Array | None
+    ) -> tuple[Any, Array, Array, Array]:
         """One problem's new particles, with what :func:`chosen` returns."""
         if scheme.transport is None:
-            ancestors, new_log_weights, log_prob = chosen(rng_key, log_weights)
+            ancestors, new_log_weights, log_prob = chosen(rng_key, log_weights, pivot)
             return jax.tree.map(lambda leaf: leaf[ancestors], particles), new_log_weights, ancestors, log_prob
         size = log_weights.shape[0]
         ancestors = jnp.arange(size, dtype=jnp.int32)
-        if scheme.ancestors is not None:
-            ancestors = scheme.ancestors(rng_key, lax.stop_gradient(log_weights), size)
+        if scheme.ancestors is not None or pivot is not None:
+            ancestors = ancestors_of(rng_key, lax.stop_gradient(log_weights), pivot)
         new_particles, new_log_weights = scheme.transport(rng_key, log_weights, particles)
         alive = jnp.max(log_weights) > -jnp.inf
         new_particles = jax.tree.map(lambda new, old: jnp.where(alive, new, old), new_particles, particles)
         return new_particles, new_log_weights, ancestors, jnp.zeros(())
 
-    def one(rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array) -> Resampled:
+    def one(
+        rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array, pivots: Array | None
+    ) -> Resampled:
         decision_key, rng_key = split(rng_key)
         do = asked(decision_key, lax.stop_gradient(log_weights), t) & allowed
 
         def move(operand: tuple[Array, Any]) -> Resampled:
             log_weights, particles = operand
-            new_particles, new_log_weights, ancestors, log_prob = moved(rng_key, log_weights, particles)
+            new_particles, new_log_weights, ancestors, log_prob = moved(rng_key, log_weights, particles, pivots)
             alive = jnp.max(log_weights) > -jnp.inf
             new_log_weights = jnp.where(alive, new_log_weights, log_weights)
             return Resampled(new_particles, new_log_weights, ancestors, jnp.asarray(True), log_prob)
@@ -164,7 +193,9 @@ def build(
 
         return lax.cond(do, move, stay, (log_weights, particles))
 
-    def many(rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array) -> Resampled:
+    def many(
+        rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array, pivots: Array | None
+    ) -> Resampled:
         num_particles, batch = log_weights.shape[0], log_weights.shape[1:]
         rank = len(batch)
         flat = log_weights.reshape(num_particles, -1)
@@ -172,12 +203,14 @@ def build(
         decision_keys = random.split(decision_key, flat.shape[1])
         do = jax.vmap(asked, (0, 1, None))(decision_keys, lax.stop_gradient(flat), t) & allowed
         identity = jnp.broadcast_to(jnp.arange(num_particles, dtype=jnp.int32)[:, None], flat.shape)
+        pivot = None if pivots is None else pivots.reshape(-1)
+        by_pivot = None if pivots is None else 0
 
         def columns(leaf: Array) -> Array:
             return leaf.reshape(num_particles, flat.shape[1], *leaf.shape[1 + rank :])
 
         def copies(keys: Array, particles: Any, flat: Array) -> tuple[Any, Array, Array, Array]:
-            ancestors, new_log_weights, log_prob = jax.vmap(chosen, (0, 1), (1, 1, 0))(keys, flat)
+            ancestors, new_log_weights, log_prob = jax.vmap(chosen, (0, 1, by_pivot), (1, 1, 0))(keys, flat, pivot)
             ancestors = jnp.where(do, ancestors, identity)
 
             def gather(leaf: Array) -> Array:
@@ -187,7 +220,8 @@ def build(
 
         def transported(keys: Array, particles: Any, flat: Array) -> tuple[Any, Array, Array, Array]:
             in_columns = jax.tree.map(columns, particles)
-            new, new_log_weights, ancestors, log_prob = jax.vmap(moved, (0, 1, 1), (1, 1, 1, 0))(keys, flat, in_columns)
+            each = jax.vmap(moved, (0, 1, 1, by_pivot), (1, 1, 1, 0))
+            new, new_log_weights, ancestors, log_prob = each(keys, flat, in_columns, pivot)
 
             def select(new: Array, old: Array) -> Array:
                 selected = do.reshape((1, -1) + (1,) * (new.ndim - 2))
@@ -214,11 +248,22 @@ def build(
             particles, flat.reshape(shape), ancestors.reshape(shape), do.reshape(batch), log_prob.reshape(batch)
         )
 
-    def resample_cloud(rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array) -> Resampled:
+    def resample_cloud(
+        rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array, pivots: Array | None = None
+    ) -> Resampled:
         chosen_form = one if log_weights.ndim == 1 else many
-        return chosen_form(rng_key, log_weights, particles, t, allowed)
+        return chosen_form(rng_key, log_weights, particles, t, allowed, pivots)
 
     return resample_cloud
+
+
+def no_conditional(scheme: Scheme) -> str:
+    """What to say of a scheme that cannot keep a reference."""
+    known = [name for name in available() if resolve(name).conditional is not None]
+    return (
+        f"Resampler '{scheme.name}' has no conditional version, which particle Gibbs needs to keep its reference path. "
+        f"Use one of {', '.join(known)}."
+    )
 
 
 def replace_dead(resample: ResampleFn | None) -> ResampleFn:
@@ -228,14 +273,16 @@ def replace_dead(resample: ResampleFn | None) -> ResampleFn:
     it has gone derivatives may overflow, and zero times infinity would end up in the gradients of all others.
     """
 
-    def replaced(rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array) -> Resampled:
+    def replaced(
+        rng_key: Array, log_weights: Array, particles: Any, t: Array, allowed: Array, pivots: Array | None = None
+    ) -> Resampled:
         if resample is None:
             num_particles, batch = log_weights.shape[0], log_weights.shape[1:]
             identity = jnp.arange(num_particles, dtype=jnp.int32).reshape((-1,) + (1,) * len(batch))
             ancestors = jnp.broadcast_to(identity, log_weights.shape)
             new = Resampled(particles, log_weights, ancestors, jnp.zeros(batch, bool), jnp.zeros(batch))
         else:
-            new = resample(rng_key, log_weights, particles, t, allowed)
+            new = resample(rng_key, log_weights, particles, t, allowed, pivots)
         dead = lax.stop_gradient(new.log_weights) < jnp.log(jnp.finfo(log_weights.dtype).tiny)
         heaviest = jnp.argmax(new.log_weights, axis=0, keepdims=True)
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
+from numpyro.primitives import Messenger
 
 from numpyro_smc.programs import path_guide
 from numpyro_smc.programs.after_scan import AfterScan
@@ -53,6 +54,19 @@ class Move(NamedTuple):
     log_score: Array
 
 
+class Steering(NamedTuple):
+    """What replaces the draws of some or all particles: a reference path, or functions of given noise.
+
+    - **initial** - pytree for the sites before the scan. **steps** - pytree with leading time axis.
+    - **handlers** - ``(one slice of them, particle index) -> `` handlers around the draws: what they find has been
+      drawn, and they may replace its value.
+    """
+
+    initial: Any
+    steps: Any
+    handlers: Callable[[Any, Array], tuple[Messenger, ...]]
+
+
 class Sequence:
     """A model with one scan, in lockstep with an optional guide. :func:`~.reading.read_sequence` makes one.
 
@@ -61,6 +75,7 @@ class Sequence:
     - **global_values** - latents drawn once for all particles; **log_global_weight** - their log p - log q.
     - **given** - names of latents to condition on; **global_observed** - data about global latents alone.
     - **after** - the likelihood after the scan. **twisted** - whether twists count. **look_ahead** - where they do.
+    - **steering** - what replaces draws, if anything.
     - **gradient_of_draws** - for draws without a reparameterised sampler: ``"ignore"``, ``"score"`` or ``"weights"``.
     """
 
@@ -90,6 +105,7 @@ class Sequence:
         self.gradient_of_draws = "ignore"
         self.twisted = guide is not None and any(s["type"] == "twist" for s in guide.step_sites.values())
         self.look_ahead: Array | None = None
+        self.steering: Steering | None = None
 
     # ---- facts ---------------------------------------------------------------------------------------------------
 
@@ -171,16 +187,21 @@ class Sequence:
 
     def inputs(self) -> Any:
         """Everything a step receives besides its state, with leading time axis."""
-        return {
+        inputs = {
             "model": self.model.scan.inputs(),
             "guide": None if self.guide is None else self.guide.scan.inputs(),
             "look ahead": self.look_ahead if self.twisted else None,
         }
+        return inputs if self.steering is None else inputs | {"steering": self.steering.steps}
+
+    def _around(self, steering: Any, index: Array) -> tuple[Messenger, ...]:
+        return () if self.steering is None else self.steering.handlers(steering, index)
 
     # ---- one particle -----------------------------------------------------------------------------------------------
 
     def _init_one(self, rng_key: Array, index: Array) -> tuple[Any, Any, Move]:
         guide_key, model_key = random.split(rng_key)
+        around = self._around(None if self.steering is None else self.steering.initial, index)
         log_weight = log_score = jnp.zeros(self.batch_shape)
         proposed = dict(self.global_values)
         guide_trace: Trace = {}
@@ -189,7 +210,7 @@ class Sequence:
         if self.guide_program is not None:
             plates = plate_indices(self.guide_prefix)
             guide_trace, scan = run_prefix(
-                self.guide_program, CloudDraws(guide_key, index), Fixed(self.global_values, plates)
+                self.guide_program, *around, CloudDraws(guide_key, index), Fixed(self.global_values, plates)
             )
             guide_trace = {name: site for name, site in guide_trace.items() if name not in self.path}
             if self.guide is not None:
@@ -197,7 +218,7 @@ class Sequence:
                 state["guide"], shared["guide"] = self.guide.split(scan.init)
         proposed |= {name: site["value"] for name, site in guide_trace.items() if is_latent(site)}
         model_trace, scan = run_prefix(
-            self.model.program, CloudDraws(model_key, index), Fixed(proposed, plate_indices(self.model.prefix))
+            self.model.program, *around, CloudDraws(model_key, index), Fixed(proposed, plate_indices(self.model.prefix))
         )
         assert scan is not None
         state["model"], shared["model"] = self.model.split(scan.init)
@@ -225,21 +246,22 @@ class Sequence:
     def _step_one(self, rng_key: Array, t: Array, inputs: Any, index: Array, state: Any, shared: Any) -> Any:
         guide_key, model_key = random.split(rng_key) if self.proposes else (rng_key, rng_key)
         plates = plate_indices(self.model.prefix) | plate_indices(self.guide_prefix)
+        around = self._around(inputs.get("steering"), index)
         guide_trace: Trace = {}
         new_state: dict[str, Any] = {}
         new_shared: dict[str, Any] = {}
         if self.guide is not None:
             carry = self.guide.merge(state["guide"], shared["guide"])
             carry, _, guide_trace = run_step(
-                self.guide.scan, t, carry, inputs["guide"], CloudDraws(guide_key, index), Fixed({}, plates)
+                self.guide.scan, t, carry, inputs["guide"], *around, CloudDraws(guide_key, index), Fixed({}, plates)
             )
             new_state["guide"], new_shared["guide"] = self.guide.split(carry)
         elif self.path:
-            guide_trace = path_guide.draw_step(self.path, t, guide_key, index)
+            guide_trace = path_guide.draw_step(self.path, t, guide_key, index, around)
         proposed = {name: site["value"] for name, site in guide_trace.items() if is_latent(site)}
         carry = self.model.merge(state["model"], shared["model"])
         carry, output, model_trace = run_step(
-            self.model.scan, t, carry, inputs["model"], CloudDraws(model_key, index), Fixed(proposed, plates)
+            self.model.scan, t, carry, inputs["model"], *around, CloudDraws(model_key, index), Fixed(proposed, plates)
         )
         new_state["model"], new_shared["model"] = self.model.split(carry)
         log_weight, log_score, values = self._weigh(model_trace, guide_trace)

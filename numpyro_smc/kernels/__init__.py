@@ -1,0 +1,1 @@
+"""Markov kernels for NumPyro's MCMC whose moves are made by particles."""
