@@ -29,6 +29,7 @@ from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.replay import depends_on_past, step_latents, transition_density
 from numpyro_smc.programs.resample import Decision, build, no_conditional
 from numpyro_smc.programs.resampling import Scheme, resolve
+from numpyro_smc.programs.resampling.inverse_cdf import scaled_weights, search
 from numpyro_smc.programs.sequence import Cloud, Program, Sequence
 
 
@@ -61,7 +62,12 @@ def choose_ancestor(
     def density(particles: Any) -> Array:
         return transition_density(sequence, t, x, particles, cloud.shared, future)
 
-    return random.categorical(rng_key, log_weights + jax.vmap(density)(cloud.particles), axis=0).astype(jnp.int32)
+    log_weights = log_weights + jax.vmap(density)(cloud.particles)
+    # One uniform number and a search; a draw by N Gumbel variables would cost as much as the rest of the step.
+    flat = log_weights.reshape(log_weights.shape[0], -1)
+    positions = random.uniform(rng_key, (flat.shape[1], 1), flat.dtype)
+    chosen = jax.vmap(lambda column, at: search(scaled_weights(column), at)[0], (1, 0))(flat, positions)
+    return chosen.reshape(log_weights.shape[1:])
 
 
 def _without_twists(state: ParticleState) -> Array:

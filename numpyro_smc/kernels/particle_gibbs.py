@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, random
 from numpyro import handlers
-from numpyro.infer import NUTS
-from numpyro.infer.gibbs import Gibbs, GibbsState
+from numpyro.distributions import biject_to
+from numpyro.infer import HMC, NUTS
+from numpyro.infer.gibbs import Gibbs, GibbsState, with_conditioning
 from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
@@ -125,7 +126,10 @@ class ParticleGibbs(Gibbs):
         params, path = self._split_path(init_params)
 
         def one(rng_key: Array, params: Any) -> GibbsState:
-            return Gibbs.init(self, rng_key, num_warmup, params, model_args, model_kwargs)
+            # The parameter kernel looks for a start given a path, and a path of the prior may explain nothing.
+            rng_key, path_key = random.split(rng_key)
+            drawn = self._draw_path(path_key, params or {}, model_args, model_kwargs or {})
+            return Gibbs.init(self, rng_key, num_warmup, (params or {}) | drawn, model_args, model_kwargs)
 
         if is_prng_key(rng_key):
             state = one(rng_key, params)
@@ -135,12 +139,23 @@ class ParticleGibbs(Gibbs):
             self._sample_fn = self._sample_chains
         if path is not None:
             state = self._start_at(state, path, model_args, model_kwargs or {})
-        elif not _is_traced(state) and not jnp.isfinite(state.block_states[0].log_mean_weights).all():
-            raise FloatingPointError(
-                "ParticleGibbs: at the initial parameters no particle explains the data, so there is no path to start "
-                "from. Give better parameters in init_params, more particles, or a guide."
-            )
+        else:
+            _check_explained(state.block_states[0].log_mean_weights)
         return state
+
+    def _draw_path(self, rng_key: Array, params: Any, args: Any, kwargs: Any) -> Path:
+        """A path by a filter at parameters of the prior, or at those that are given."""
+        read_key, path_key = random.split(rng_key)
+        model, given = self._path_kernel.model, self._path_kernel.params
+        sequence = read_sequence(read_key, model, None, given, args, kwargs, user="ParticleGibbs", given_globals=False)
+        values = {name: value for name, value in sequence.global_values.items() if name not in given}
+        for name in params.keys() & values.keys():
+            is_unconstrained = isinstance(self._kernels[1], HMC)
+            support = biject_to(sequence.model.prefix[name]["fn"].support) if is_unconstrained else _identity
+            values[name] = support(jnp.asarray(params[name]))
+        state = self._path_kernel.init(path_key, 0, None, args, with_conditioning(kwargs, values))
+        _check_explained(state.log_mean_weights)
+        return state.z
 
     def _sample_chains(self, state: GibbsState, model_args: Any, model_kwargs: Any) -> GibbsState:
         return jax.vmap(lambda one: self._sample_one(one, model_args, model_kwargs))(state)
@@ -208,6 +223,18 @@ class ParticleGibbs(Gibbs):
 
 def _is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def _check_explained(log_mean_weights: Array) -> None:
+    if not _is_traced(log_mean_weights) and not jnp.isfinite(log_mean_weights).all():
+        raise FloatingPointError(
+            "ParticleGibbs: at the initial parameters no particle explains the data, so there is no path to start "
+            "from. Give better parameters in init_params, more particles, or a guide."
+        )
+
+
+def _identity(value: Array) -> Array:
+    return value
 
 
 def _unmarked(site: dict[str, Any]) -> dict[str, Any]:
