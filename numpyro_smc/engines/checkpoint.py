@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +19,41 @@ import numpy as np
 from jax import Array
 from numpyro.infer.svi import SVIState
 
-__all__ = ["AnyLength", "Progress", "load_pytree", "save_pytree"]
+from numpyro_smc.programs.compiled import is_array
+
+__all__ = ["AnyLength", "Progress", "check_folder", "identity_of", "load_pytree", "replacing", "save_pytree"]
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary file beside ``path``, which becomes it in the end, complete, or not at all."""
+    path = os.path.abspath(path)
+    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=f".{os.path.basename(path)}.")
+    os.close(descriptor)
+    try:
+        yield Path(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def check_folder(user: str, checkpoint: str | os.PathLike | None) -> None:
+    """:raises ValueError: unless the folder of a checkpoint exists: before hours of work, not after them."""
+    if checkpoint is not None and not os.path.isdir(os.path.dirname(os.path.abspath(checkpoint))):
+        raise ValueError(f"{user}: the folder of checkpoint='{os.fspath(checkpoint)}' does not exist; create it first.")
+
+
+def identity_of(description: str, *trees: Any) -> np.ndarray:
+    """A digest of a description and of all leaves of ``trees``, by which a checkpoint knows its own work."""
+    digest = hashlib.sha256(description.encode())
+    for leaf in jax.tree.leaves(trees):
+        if is_array(leaf):
+            array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+        else:
+            digest.update(repr(leaf).encode())
+    return np.frombuffer(digest.digest(), np.uint8)
 
 
 @dataclass(frozen=True)
@@ -46,17 +84,10 @@ def save_pytree(path: str | os.PathLike, tree: Any) -> None:
         arrays[f"leaf_{index}"] = _stored_form(leaf)
     arrays["manifest"] = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
 
-    path = os.path.abspath(path)
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=os.path.basename(path) + ".")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez(file, **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load_pytree(path: str | os.PathLike, like: Any) -> Any:

@@ -20,7 +20,7 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from tqdm import tqdm
 
-from numpyro_smc.engines.checkpoint import Progress
+from numpyro_smc.engines.checkpoint import Progress, check_folder
 from numpyro_smc.programs.arguments import check_if_given
 from numpyro_smc.programs.compiled import is_array
 
@@ -173,8 +173,7 @@ def fit(
     checkpoint_every = _period("checkpoint", checkpoint, checkpoint_every, num_steps)
     evaluate_every = _period("evaluate", evaluate, evaluate_every, num_steps)
     periods = [every for every in (chunk_size, evaluate_every, checkpoint_every) if every]
-    if checkpoint is not None and not os.path.isdir(os.path.dirname(os.path.abspath(checkpoint))):
-        raise ValueError(f"fit: the folder of checkpoint='{os.fspath(checkpoint)}' does not exist; create it first.")
+    check_folder("fit", checkpoint)
 
     if init_state is None or svi.constrain_fn is None:
         fresh_state = svi.init(rng_key, *args, init_params=init_params, **kwargs)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
+from numpyro_smc.engines.checkpoint import identity_of
 from numpyro_smc.evidence.ais import AIS
 from numpyro_smc.evidence.bidirectional import BoundsFromBothSides, bidirectional
 from numpyro_smc.evidence.estimate import log_mean_and_error
@@ -17,7 +18,7 @@ from numpyro_smc.evidence.marginal_likelihood import log_marginal_likelihood
 from numpyro_smc.guides.data_rows import DataRows, check_rows, data_rows, inspector
 from numpyro_smc.guides.gap_result import InferenceGap
 from numpyro_smc.guides.local import LocalOptimizer
-from numpyro_smc.guides.resumable import identity_of, over_rows
+from numpyro_smc.guides.resumable import over_rows
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Params, Program, log_weights

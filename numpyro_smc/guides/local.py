@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
+from numpyro_smc.engines.checkpoint import identity_of
 from numpyro_smc.guides.data_rows import DataRows, check_rows, data_rows, inspector
 from numpyro_smc.guides.local_search import GAUSSIANS, optima
-from numpyro_smc.guides.resumable import identity_of, over_rows
+from numpyro_smc.guides.resumable import over_rows
 from numpyro_smc.programs.arguments import check_between, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Params, Program

@@ -1,18 +1,15 @@
 """Work done on some rows of the data at a time, which keeps what is done through Ctrl-C and restarts."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax import random
 from tqdm import tqdm
 
-from numpyro_smc.engines.checkpoint import load_pytree, save_pytree
+from numpyro_smc.engines.checkpoint import check_folder, load_pytree, save_pytree
 from numpyro_smc.evidence.rows import batches
-from numpyro_smc.programs.compiled import is_array
 
 
 def over_rows(
@@ -31,15 +28,13 @@ def over_rows(
     :param work: from the first of ``size`` rows to a pytree of arrays ``[size, ...]``.
     :param like: shapes and dtypes of what ``work`` returns; called to read a checkpoint only.
     :param checkpoint: file written after every ``size`` rows, from which the same work continues.
-    :param identity: of the work; see :func:`identity_of`.
+    :param identity: of the work; see :func:`~numpyro_smc.engines.checkpoint.identity_of`.
     :raises ValueError: if the checkpoint is of other work.
     """
     done, results = 0, None
-    if checkpoint is not None:
-        if not os.path.isdir(os.path.dirname(os.path.abspath(checkpoint))):
-            raise ValueError(f"{user}: the folder of checkpoint='{os.fspath(checkpoint)}' does not exist; create it.")
-        if os.path.exists(checkpoint):
-            done, results = _load(checkpoint, _empty(like(), num_rows), identity, user)
+    check_folder(user, checkpoint)
+    if checkpoint is not None and os.path.exists(checkpoint):
+        done, results = _load(checkpoint, _empty(like(), num_rows), identity, user)
     with tqdm(total=num_rows, initial=done, unit="datum", desc=user, disable=not progress_bar) as bar:
         try:
             for first, repeated in batches(num_rows, size):
@@ -56,19 +51,6 @@ def over_rows(
             if not done:
                 raise
     return jax.tree.map(lambda leaf: leaf[:done], results), done < num_rows
-
-
-def identity_of(description: str, *trees: Any) -> np.ndarray:
-    """A digest of a description and of all arrays in ``trees``, by which a checkpoint knows its own work."""
-    digest = hashlib.sha256(description.encode())
-    for leaf in jax.tree.leaves(trees):
-        if is_array(leaf):
-            is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-            array = np.asarray(random.key_data(leaf) if is_key else leaf)
-            digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-        else:
-            digest.update(repr(leaf).encode())
-    return np.frombuffer(digest.digest(), np.uint8)
 
 
 def _load(path: str | os.PathLike[str], results: Any, identity: np.ndarray, user: str) -> tuple[int, Any]:

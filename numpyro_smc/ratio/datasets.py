@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jax import Array, random
+
+from numpyro_smc.engines.checkpoint import identity_of
 
 __all__ = ["NonfinitePolicy", "RatioData", "SimulationData"]
 
@@ -133,11 +134,7 @@ class RatioData:
         return self.rows(np.sort(order[num:])), self.rows(np.sort(order[:num]))
 
     def digest(self) -> str:
-        digest = hashlib.sha256()
-        for array in (self.theta, self.x, self.context):
-            if array is not None:
-                digest.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        return identity_of("", self.theta, self.x, self.context).tobytes().hex()
 
 
 def _finite(

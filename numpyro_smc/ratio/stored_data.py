@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 from jax import Array, random
 from tqdm import tqdm
 
+from numpyro_smc.engines.checkpoint import identity_of, replacing
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.ratio.datasets import NonfinitePolicy, RatioData
 
@@ -108,7 +107,7 @@ class StoredData:
         settings = self.path / _SETTINGS
         description = [settings.read_text() if settings.is_file() else ""]
         description += [f"{c.path.name} {c.path.stat().st_size} {c.start} {c.stop}" for c in self._chunks]
-        return hashlib.sha256("\n".join(description).encode()).hexdigest()
+        return identity_of("\n".join(description)).tobytes().hex()
 
 
 def write(
@@ -196,12 +195,12 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
                 f"another folder, or delete this one."
             )
         return
-    with _replacing(file) as temporary:
+    with replacing(file) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    with _replacing(file) as temporary:
+    with replacing(file) as temporary:
         if file.suffix == ".npz":
             with open(temporary, "wb") as stream:
                 np.savez(stream, **arrays)  # type: ignore[arg-type]
@@ -209,19 +208,6 @@ def _save(file: Path, arrays: dict[str, np.ndarray]) -> None:
             with _h5py().File(temporary, "w") as opened:
                 for name, array in arrays.items():
                     opened[name] = array
-
-
-@contextlib.contextmanager
-def _replacing(file: Path) -> Iterator[Path]:
-    """A temporary file beside ``file``, which becomes it in the end, complete, or not at all."""
-    descriptor, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(descriptor)
-    try:
-        yield Path(name)
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 @contextlib.contextmanager

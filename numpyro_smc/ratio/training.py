@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
@@ -14,6 +13,7 @@ import numpy as np
 from jax import Array, random
 from tqdm import tqdm
 
+from numpyro_smc.engines.checkpoint import check_folder, identity_of
 from numpyro_smc.programs.arguments import check_if_given, check_positive
 from numpyro_smc.ratio.datasets import RatioData, SimulationData
 from numpyro_smc.ratio.learning_rates import ConstantRate, LearningRate, learning_rate_schedule
@@ -139,11 +139,9 @@ def fit(
 
     progress = TrainingProgress(initial_state(program, weights.trained), weights.trained)
     identity = _identity(rng_key, program, data, held_out, num_steps, learning_rate, rule, max_epochs)
-    if checkpoint is not None:
-        if not os.path.isdir(os.path.dirname(os.path.abspath(checkpoint))):
-            raise ValueError(f"fit: the folder of checkpoint='{os.fspath(checkpoint)}' does not exist; create it.")
-        if os.path.exists(checkpoint):
-            progress = progress.load(checkpoint, identity)
+    check_folder("fit", checkpoint)
+    if checkpoint is not None and os.path.exists(checkpoint):
+        progress = progress.load(checkpoint, identity)
     epochs = _Epochs(program, standardization, data, num_steps, num_steps * max_epochs)
 
     ending = "all of them"
@@ -289,4 +287,4 @@ def _identity(
         data.digest(),
         None if held_out is None else held_out.digest(),
     ]
-    return np.frombuffer(hashlib.sha256(repr(description).encode()).digest(), np.uint8)
+    return identity_of(repr(description))

@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
+from numpyro_smc.engines.checkpoint import check_folder
 from numpyro_smc.programs.arguments import check_if_given, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.resampling import Scheme
@@ -209,10 +210,7 @@ class SMCSampler:
         :raises FloatingPointError: naming the sites, if initial log densities are not finite; if no particle has any
             likelihood; if tempering comes to a halt.
         """
-        if checkpoint is not None and not os.path.isdir(os.path.dirname(os.path.abspath(checkpoint))):
-            raise ValueError(
-                f"SMCSampler: the folder of checkpoint='{os.fspath(checkpoint)}' does not exist; create it first."
-            )
+        check_folder("SMCSampler", checkpoint)
         check_positive("SMCSampler", checkpoint_every=checkpoint_every)
         program = (jax.tree.map(jnp.asarray, {**self.guide_params, **(params or {})}), args, kwargs)
         progress, interrupted = self._carry(rng_key, program, progress_bar, checkpoint, checkpoint_every, resume=resume)
