@@ -16,11 +16,11 @@ from jax import random
 from numpyro import handlers
 from numpyro.contrib.control_flow import scan
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC, NUTS, DiscreteGibbs, Gibbs
+from numpyro.infer import MCMC, NUTS, SVI, DiscreteGibbs, Gibbs
 from scipy.stats import multivariate_normal
 
 from models import drift_diffusion
-from numpyro_smc import ConditionalSMC, ParticleGibbs
+from numpyro_smc import SIXO, ConditionalSMC, ParticleGibbs, ParticleMetropolis, twist
 
 Y = jnp.array([0.5, 0.1, -0.3, 2.0, 1.0])
 PHI = 0.9
@@ -115,8 +115,6 @@ def exact_drift_posterior():
     num_steps, drift, y = 4, 0.5, jnp.asarray(3.0)
 
     def twisted(y, num_steps, num_series, drift):
-        from numpyro_smc import twist
-
         def step(x, _):
             x = numpyro.sample("x", dist.Normal(x + drift + 0.2, 1.1))
             twist("r", -0.1 * (x - 2.0) ** 2)
@@ -128,6 +126,38 @@ def exact_drift_posterior():
     mean = y * times / (num_steps + 1)
     variance = times * (num_steps + 1 - times) / (num_steps + 1)
     return (y, num_steps, None, drift), mean, variance, twisted
+
+
+def test_guides_and_twists_trained_by_sixo_drive_the_kernels():
+    def learned(y, phi=PHI):
+        gain, slope = numpyro.param("gain", jnp.asarray(0.1)), numpyro.param("slope", jnp.asarray(0.0))
+
+        def step(x, inputs):
+            y_t, later = inputs
+            x = numpyro.sample("x", dist.Normal(phi * x + gain * (y_t - phi * x), 0.8))
+            twist("r", slope * x * later)
+            return x, None
+
+        start = numpyro.sample("x_init", dist.Normal(0.0, 2.0))
+        scan(step, start, (y, jnp.concatenate([y[1:], jnp.zeros(1)])))
+
+    loss = SIXO(num_particles=8)
+    params = (
+        SVI(autoregression, learned, numpyro.optim.Adam(0.03), loss)
+        .run(random.key(0), 100, Y, progress_bar=False)
+        .params
+    )
+    assert abs(params["slope"]) > 0.01
+    draws = sampled(ConditionalSMC(autoregression, 4, guide=learned, params=params), Y).get_samples(group_by_chain=True)
+    mean, covariance, _ = exact_path(Y, PHI)
+    assert_means(draws["x"], mean[1:], np.diag(covariance)[1:])
+
+    def guide_of_parameters(y, phi=None):
+        return learned(y, 0.5)
+
+    kernel = ParticleMetropolis(autoregression, 20, guide=guide_of_parameters, params=params)
+    mcmc = sampled(kernel, Y, None, num_samples=1000, num_warmup=300)
+    assert_means(mcmc.get_samples(group_by_chain=True)["phi"], exact_coefficient()[0])
 
 
 def test_series_in_a_plate_are_independent_problems():
@@ -186,6 +216,17 @@ def test_discrete_states_and_their_parameter_match_the_sum_over_all_paths():
 
 
 @cache
+def exact_coefficient():
+    """Posterior mean and variance of ``phi`` and mean of the path, by quadrature."""
+    grid = np.linspace(-1, 1, 2001)[1:-1]
+    answers = [exact_path(Y, phi) for phi in grid]
+    weights = np.exp([log_evidence - max(a[2] for a in answers) for _, _, log_evidence in answers])
+    weights /= weights.sum()
+    mean = weights @ grid
+    return mean, weights @ (grid - mean) ** 2, weights @ np.array([a[0] for a in answers])
+
+
+@cache
 def gibbs_run():
     kernel = ParticleGibbs(autoregression, 6)
     fields = ("block_states.0.renewed", "block_states.1.accept_prob")
@@ -196,13 +237,9 @@ def gibbs_run():
 def test_parameters_and_paths_of_particle_gibbs_match_quadrature():
     _, mcmc = gibbs_run()
     draws = mcmc.get_samples(group_by_chain=True)
-    grid = np.linspace(-1, 1, 2001)[1:-1]
-    answers = [exact_path(Y, phi) for phi in grid]
-    weights = np.exp([log_evidence - max(a[2] for a in answers) for _, _, log_evidence in answers])
-    weights /= weights.sum()
-    mean = weights @ grid
-    assert_means(draws["phi"], mean, weights @ (grid - mean) ** 2)
-    assert_means(draws["x"], (weights @ np.array([a[0] for a in answers]))[1:])
+    mean, variance, path = exact_coefficient()
+    assert_means(draws["phi"], mean, variance)
+    assert_means(draws["x"], path[1:])
 
 
 def test_chains_summaries_and_extra_fields_behave_as_with_nuts():
@@ -252,7 +289,7 @@ def test_it_is_a_block_of_numpyros_gibbs_beside_other_kernels():
     blocks = [(NUTS(autoregression), ["phi"]), (ConditionalSMC(autoregression, 6), ["x_init", "x"])]
     mcmc = MCMC(Gibbs(blocks), num_warmup=100, num_samples=500, progress_bar=False)
     mcmc.run(random.key(4), Y, None)
-    assert_means(mcmc.get_samples()["phi"][None], np.asarray(gibbs_run()[1].get_samples()["phi"]).mean())
+    assert_means(mcmc.get_samples()["phi"][None], exact_coefficient()[0])
 
 
 @pytest.mark.slow
@@ -274,7 +311,7 @@ def test_data_may_be_given_by_condition():
         progress_bar=False,
     )
     mcmc.run(random.key(5))
-    assert_means(mcmc.get_samples()["phi"][None], np.asarray(gibbs_run()[1].get_samples()["phi"]).mean())
+    assert_means(mcmc.get_samples()["phi"][None], exact_coefficient()[0])
 
 
 def test_a_path_to_start_from_may_be_given():
