@@ -64,6 +64,7 @@ def test_a_table_keeps_finished_cells_and_tries_failed_ones_again(tmp_path):
     assert asked == [1, 2, 2, 1]  # another seed is another table
 
 
+@pytest.mark.slow
 def test_bounds_are_trained_evaluated_and_go_on_from_a_shorter_run(tmp_path, monkeypatch):
     argv = ["--dim", "2", "--num_particles", "2", "--num_transitions", "2", "--num_replicates", "3", "--seeds", "0"]
     argv += ["--methods", "stop_gradient-ess", "--num_eval", "10", "--evaluate_every", "4", "--no-progress"]
@@ -146,6 +147,7 @@ def test_the_gaussian_at_the_mode_has_no_gradient_there_and_the_hessian_s_invers
     np.testing.assert_allclose(-covariance @ hessian, np.eye(3), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_guides_are_trained_and_shown_beside_the_optima(tmp_path):
     argv = ["--problems", "bimodal-D2", "--num_transitions", "0", "--num_mc", "2", "--num_steps", "10"]
     rows = annealed_guides.main([*argv, "--num_eval", "4", "--no-progress", "--output", str(tmp_path)])

@@ -14,6 +14,7 @@ TINY += ["--num_pilot_chains", "2", "--num_leapfrog", "2", "--batch_size", "4", 
 TINY += ["--guide_temperatures", "4", "--prior_temperatures", "--certified_temperatures", "4"]
 
 
+@pytest.mark.slow
 def test_every_line_is_measured_once(tmp_path, monkeypatch):
     monkeypatch.delenv("NUMPYRO_SMC_DATA", raising=False)
     monkeypatch.setitem(vae.LAYERS, "standard", ((6,), (6,)))

@@ -79,6 +79,7 @@ def test_gaussian_mixture_trains_seeds_side_by_side_and_resumes(tmp_path, monkey
     assert not trained
 
 
+@pytest.mark.slow
 def test_efficiency_measures_in_a_process_of_its_own_and_chunks_need_less_memory(tmp_path, monkeypatch):
     argv = ["--models", "sbn", "--estimators", "ovis-gamma1", "--particles", "120", "--chunk", "20", "--width", "8"]
     argv += ["--batch_size", "4", "--rounds", "1", "--round_seconds", "0.01", "--output", str(tmp_path)]

@@ -24,6 +24,7 @@ def fail(*args, **kwargs):
     raise RuntimeError("measured again")
 
 
+@pytest.mark.slow
 def test_evidence_estimates_certifies_covers_resumes_and_keeps_what_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(evidence, "COVERAGE_METHODS", {"importance": {"num_samples": 200}})
     argv = [

@@ -19,6 +19,7 @@ TINY += ["--max_steps", "200", "--patience", "1", "--num_chains", "3", "--num_te
 TINY += ["--num_samples", "50", "--no-progress"]
 
 
+@pytest.mark.slow
 def test_trains_finds_the_gaps_writes_them_and_resumes(tmp_path, monkeypatch):
     monkeypatch.delenv("NUMPYRO_SMC_DATA", raising=False)
     for name in ("standard", "linear encoder"):

@@ -44,6 +44,7 @@ def test_published_figures_stand_beside_means():
     assert line["C2ST"] == pytest.approx(0.915) and line["published NRE-C"] == 0.892
 
 
+@pytest.mark.slow
 def test_subsets_are_learned_checked_and_drawn(tmp_path):
     argv = [*TINY, "--experiments", "slcp-amnre", "--num_layers", "1", "--num_validation", "200", "--num_pairs", "200"]
     argv += ["--num_coverage", "50", "--num_consistency", "1", "--num_exact", "2", "--bins", "10", "--no-progress"]

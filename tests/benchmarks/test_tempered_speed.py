@@ -26,6 +26,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return tempered_speed.main(["--quick", "--output", str(folder)])
 
 
+@pytest.mark.slow
 def test_every_case_has_both_rows_and_nothing_of_ours_compiles_twice(rows, folder):
     assert [(row["case"], row["library"]) for row in rows] == [
         (GAUSSIAN, OURS),
@@ -42,6 +43,7 @@ def test_every_case_has_both_rows_and_nothing_of_ours_compiles_twice(rows, folde
     assert len(document["rows"]) == 6 and document["settings"]["blackjax"]
 
 
+@pytest.mark.slow
 def test_evidences_agree_and_ours_takes_fewer_stages(rows):
     """200 particles, 3 keys: the standard deviation of the mean is about 0.2."""
     cells = {(row["case"], row["library"]): row for row in rows}

@@ -104,6 +104,7 @@ def test_bounds_from_both_sides_are_tight_on_eight_schools():
     assert_tight_and_right(bounds, lambda *args: eight_schools.integrals(*args).log_evidence)
 
 
+@pytest.mark.slow
 def test_bounds_from_both_sides_are_tight_on_a_conjugate_regression():
     """96 simulated data sets of 20 rows, five weights."""
     x, y, noise_scale = linear_regression.random_problem(np.random.default_rng(1), 20, 5)
