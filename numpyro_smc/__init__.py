@@ -23,6 +23,8 @@ from numpyro_smc.evidence.marginal_likelihood import log_marginal_likelihood
 from numpyro_smc.filtering.evidence import log_evidence
 from numpyro_smc.filtering.filter import ParticleFilter
 from numpyro_smc.filtering.result import FilterResult
+from numpyro_smc.filtering.smoothing.estimate import SmoothedEstimate
+from numpyro_smc.filtering.smoothing.online import OnlineSmoother
 from numpyro_smc.filtering.streaming import FilterState
 from numpyro_smc.guides.auto_dsmcs import AutoDSMCS
 from numpyro_smc.guides.auxiliary import AuxiliaryFlowGuide, extend_guide, extend_model
@@ -32,6 +34,7 @@ from numpyro_smc.guides.inference_gap import inference_gap
 from numpyro_smc.guides.local import LocalOptimizer, LocalOptimum
 from numpyro_smc.kernels.conditional_smc import ConditionalSMC
 from numpyro_smc.kernels.particle_gibbs import ParticleGibbs
+from numpyro_smc.kernels.particle_metropolis import ParticleMetropolis
 from numpyro_smc.programs import resampling
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.twist import gauss_hermite, twist
@@ -79,8 +82,10 @@ __all__ = [
     "InferenceGap",
     "LocalOptimizer",
     "LocalOptimum",
+    "OnlineSmoother",
     "ParticleFilter",
     "ParticleGibbs",
+    "ParticleMetropolis",
     "PoissonMask",
     "RatioEstimator",
     "RatioPosterior",
@@ -91,6 +96,7 @@ __all__ = [
     "SMCSampler",
     "SelectionMask",
     "SizesMask",
+    "SmoothedEstimate",
     "StepwiseOptim",
     "TwoSampleTest",
     "UniformMask",

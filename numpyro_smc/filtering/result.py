@@ -10,8 +10,7 @@ import numpy as np
 from jax import Array, random
 
 from numpyro_smc.filtering import forecasting
-from numpyro_smc.filtering.smoothing import backward, genealogy
-from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.filtering.smoothing.questions import Smoothing
 from numpyro_smc.reports.arviz_export import inference_data
 from numpyro_smc.reports.plots import plot_filter
 
@@ -43,7 +42,7 @@ class History(NamedTuple):
     bound: Array
 
 
-class FilterResult:
+class FilterResult(Smoothing):
     """The outcome of :meth:`ParticleFilter.run`. Batch axes are those of the plates that enclose the whole program.
 
     - **log_evidence** - ``[*batch]``; **log_evidence_increments** - ``[T, *batch]``, one per step.
@@ -116,16 +115,21 @@ class FilterResult:
 
     # ---- filtering ----------------------------------------------------------------------------------------------
 
-    def mean(self, site: str) -> Array:
-        """Filtering mean of a site at each step, ``[T, ...]`` (``[...]`` for a site before the scan)."""
-        values, weights, axis = self._weighted(site)
+    def mean(self, site: str, log_weights: Array | None = None) -> Array:
+        """Filtering mean of a site at each step, ``[T, ...]`` (``[...]`` for a site before the scan).
+
+        :param log_weights: of a step's particles in place of the filtering ones: :meth:`smoothing_log_weights`.
+        """
+        values, weights, axis = self._weighted(site, log_weights)
         return jnp.sum(jnp.where(weights > 0, values * weights, 0.0), axis=axis)
 
-    def quantile(self, site: str, q: Any) -> Array:
+    def quantile(self, site: str, q: Any, log_weights: Array | None = None) -> Array:
         """Filtering quantiles of a site at each step: ``[*shape(q), T, ...]``,
         by inversion of the weighted distribution.
+
+        :param log_weights: as of :meth:`mean`.
         """
-        values, weights, axis = self._weighted(site)
+        values, weights, axis = self._weighted(site, log_weights)
         weights = jnp.broadcast_to(weights, values.shape)
         order = jnp.argsort(values, axis=axis)
         values, weights = jnp.take_along_axis(values, order, axis), jnp.take_along_axis(weights, order, axis)
@@ -141,46 +145,7 @@ class FilterResult:
         levels = jnp.asarray(q)
         return jax.vmap(one)(levels.reshape(-1)).reshape(levels.shape + one(jnp.asarray(0.5)).shape)
 
-    # ---- smoothing, forecasts -----------------------------------------------------------------------------------
-
-    def sample_posterior(
-        self,
-        rng_key: Array,
-        num_samples: int = 1000,
-        method: str = "genealogy",
-        *,
-        num_mcmc_steps: int = 2,
-        batch_size: int = 100,
-    ) -> dict[str, Array]:
-        r"""Draws of whole paths from :math:`p(x_{0:T-1} \mid y_{0:T-1})`.
-
-        - ``"genealogy"``: trace the ancestors of the final particles; O(T) a draw, few distinct ancestors early on.
-        - ``"backward"``: backward simulation with the model's own transition density [1]; O(NT) a draw, no such loss.
-        - ``"backward_mcmc"``: the same with ``num_mcmc_steps`` independence-Metropolis moves instead of all N densities
-          [2]; O(T) a draw.
-
-        :param num_samples: number of paths. **batch_size** - paths simulated at a time by ``"backward"``.
-        :return: by site, ``[num_samples, T, ...]`` (``[num_samples, ...]`` for sites before the scan).
-        :raises ValueError: for backward methods if the carry is not determined by the step's own latents, and for
-            the other two after a resampling scheme that mixes particles.
-
-        **References**
-
-        1. *Monte Carlo Smoothing for Nonlinear Time Series*, S. Godsill, A. Doucet, M. West (2004)
-        2. *On backward smoothing algorithms*, H.-D. Dau, N. Chopin (2023)
-        """
-        self._need_history("sample_posterior")
-        if num_samples < 1:
-            raise ValueError(f"sample_posterior: num_samples must be positive, got {num_samples}.")
-        if method in ("genealogy", "backward_mcmc"):
-            self._need_genealogy(f"sample_posterior(method={method!r})")
-        if method == "genealogy":
-            return self._compiled("genealogy", genealogy.sample_paths)(rng_key, self.history, num_samples)
-        if method in ("backward", "backward_mcmc"):
-            moves = 0 if method == "backward" else num_mcmc_steps
-            sample = self._compiled("backward", lambda *args: backward.sample_paths(self.filter, *args))
-            return sample(rng_key, self.rng_key, self.program, self.history, num_samples, moves, batch_size)
-        raise ValueError(f"Unknown method={method!r}. Use 'genealogy', 'backward' or 'backward_mcmc'.")
+    # ---- forecasts ----------------------------------------------------------------------------------------------
 
     def forecast(self, rng_key: Array, steps: int, num_samples: int = 1000, *, xs: Any = None) -> dict[str, Array]:
         """Draws of latents and observations beyond the end of the series.
@@ -215,15 +180,25 @@ class FilterResult:
         attributes = {"log_evidence": total, "num_particles": self.filter.num_particles}
         return inference_data(draws, stats, attributes)
 
-    def plot(self, site: str | None = None, data: Any = None, *, probability: float = 0.9, ax: Any = None) -> Any:
+    def plot(
+        self,
+        site: str | None = None,
+        data: Any = None,
+        *,
+        probability: float = 0.9,
+        log_weights: Array | None = None,
+        ax: Any = None,
+    ) -> Any:
         """Filtered median and central band of a site over time, with the data as points.
 
         Returns the matplotlib axes.
+
+        :param log_weights: as of :meth:`mean`; smoothed bands with :meth:`smoothing_log_weights`.
         """
         self._need_history("plot")
         site = next(iter(self.history.steps["values"])) if site is None else site
         tail = (1.0 - probability) / 2.0
-        bands = np.asarray(self.quantile(site, jnp.array([tail, 0.5, 1.0 - tail])))
+        bands = np.asarray(self.quantile(site, jnp.array([tail, 0.5, 1.0 - tail]), log_weights))
         return plot_filter(bands, data, site, probability, ax)
 
     # ---- checks -------------------------------------------------------------------------------------------------
@@ -253,30 +228,18 @@ class FilterResult:
             f"the twists."
         )
 
-    def _need_history(self, what: str) -> None:
-        if self.history.steps is None:
-            raise ValueError(
-                f"FilterResult.{what} needs the particles of all steps: run ParticleFilter(..., history=True)."
-            )
-
-    def _need_genealogy(self, what: str) -> None:
-        scheme = self.filter.scheme
-        if scheme is not None and scheme.mixes:
-            raise ValueError(
-                f"FilterResult.{what}: resampler '{scheme.name}' mixes particles, which then have no ancestors. Use "
-                f"sample_posterior(method='backward'), or a scheme that copies particles, such as 'systematic'."
-            )
-
-    def _weighted(self, site: str) -> tuple[Array, Array, int]:
+    def _weighted(self, site: str, log_weights: Array | None = None) -> tuple[Array, Array, int]:
         """Values of a site, weights that sum to one and broadcast with them, and the particle axis."""
         if site not in self.particles:
             raise KeyError(f"No site '{site}' in this filter. Known: {', '.join(sorted(self.particles))}.")
         initial = site in self.history.initial["values"] and site not in self.history.steps["values"]
         part = self.history.initial if initial else self.history.steps
-        values, log_weights = part["values"][site], part["log_weights"]
+        if initial and log_weights is not None:
+            raise ValueError(
+                f"Site '{site}' stands before the scan, and log_weights are those of the steps' particles."
+            )
+        values = part["values"][site]
+        log_weights = part["log_weights"] if log_weights is None else log_weights
         axis = 0 if initial else 1
         weights = jnp.exp(log_weights) / log_weights.shape[axis]
         return values, weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim)), axis
-
-    def _compiled(self, name: str, fn: Any) -> Any:
-        return self.filter._compiled_queries.setdefault(name, Compiled(fn))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array, random
 from numpyro import handlers
 
-from numpyro_smc.engines.particles import ParticleState, advance, initialise, step_keys
+from numpyro_smc.engines.particles import ParticleState, StepInfo, advance, initialise, step_keys
 from numpyro_smc.programs.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -60,6 +60,18 @@ def take_in(
     data: dict[str, Any],
 ) -> FilterState:
     """One step of a stream. Twists look ahead and are left out."""
+    return take_step(particle_filter, state, program, x, guide_x, data)[0]
+
+
+def take_step(
+    particle_filter: ParticleFilter,
+    state: FilterState,
+    program: tuple[Any, Any, Any],
+    x: Any,
+    guide_x: Any,
+    data: dict[str, Any],
+) -> tuple[FilterState, StepInfo, Sequence]:
+    """One step of a stream, with what it did and the program as read for it."""
     read_key, run_key = random.split(state.rng_key)
     params, args, kwargs = program
     sequence = _read(particle_filter, read_key, params, args, kwargs, data)
@@ -73,7 +85,7 @@ def take_in(
     _, step_key = random.split(run_key)
     keys = step_keys(step_key, state.t)
     particles, info, move = advance(keys, sequence, particle_filter.resampling, state.particles, state.t, inputs)
-    return state._replace(
+    new = state._replace(
         t=state.t + 1,
         particles=particles,
         log_evidence=state.log_evidence + info.increment,
@@ -81,6 +93,7 @@ def take_in(
         ess=info.ess,
         values=move.values,
     )
+    return new, info, sequence
 
 
 def _read(

@@ -42,7 +42,8 @@ def transition_density(
     _, (output, carry), trace = replay_step(sequence, t, x, particles, shared, values)
     total = jnp.zeros(sequence.batch_shape)
     for site in trace.values():
-        if site["type"] == "sample":
+        # Latents to condition on have no weight, here as in the filter.
+        if site["type"] == "sample" and (site["is_observed"] or site["name"] not in sequence.given):
             total = total + sequence.log_density(site)
     if sequence.after is not None:
         given = Fixed(sequence.global_values, plate_indices(sequence.model.prefix))

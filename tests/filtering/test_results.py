@@ -1,4 +1,4 @@
-"""Filtered means, smoothing, forecasts, streams and reports against the Kalman filter and the RTS smoother."""
+"""Filtered means, forecasts, streams and reports against the Kalman filter; smoothing is in test_smoothing.py."""
 
 import jax
 import jax.numpy as jnp
@@ -41,18 +41,6 @@ def test_filtered_means_and_quantiles(result):
     np.testing.assert_allclose(np.exp(result.log_weights).mean(axis=1), 1.0, rtol=1e-4)
     with pytest.raises(KeyError, match=r"No site 'z' in this filter. Known: x, x_0"):
         result.mean("z")
-
-
-@pytest.mark.parametrize(("method", "tolerance"), [("genealogy", 0.25), ("backward", 0.1), ("backward_mcmc", 0.1)])
-def test_paths_follow_the_smoothing_distribution(result, method, tolerance):
-    """2,000 paths, smoothing sd about 0.55: the mean's standard error is 0.012 for independent paths."""
-    smoothed = lg.rts_smoother(PARAMETERS, KALMAN)
-    draws = result.sample_posterior(random.key(1), 2000, method)
-    assert draws["x"].shape == (2000, 30) and draws["x_0"].shape == (2000,)
-    np.testing.assert_allclose(draws["x"].mean(0), smoothed.means[:, 0], atol=tolerance)
-    if method != "genealogy":
-        np.testing.assert_allclose(draws["x"].std(0), np.sqrt(smoothed.covariances[:, 0, 0]), atol=0.08)
-        np.testing.assert_allclose(draws["x_0"].mean(), smoothed.initial_mean[0], atol=tolerance)
 
 
 def test_backward_sampling_keeps_many_early_ancestors(result):
