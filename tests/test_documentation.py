@@ -21,6 +21,7 @@ RESULTS = (
     "InferenceGap",
     "LocalOptimum",
     "RatioPosterior",
+    "SmoothedEstimate",
     "TwoSampleTest",
 )
 MODULES = [m.name for m in pkgutil.walk_packages(numpyro_smc.__path__, "numpyro_smc.")]

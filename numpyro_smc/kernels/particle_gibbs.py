@@ -202,7 +202,18 @@ class ParticleGibbs(Gibbs):
         state = state._replace(z=state.z | path, block_states=(block._replace(z=path), *state.block_states[1:]))
         if not _is_traced(state):
             self._check_support(state, args, kwargs)
-        return state
+        refresh = self.refresh if is_prng_key(state.rng_key) else jax.vmap(self.refresh, (0, None, None))
+        return refresh(state, args, kwargs)
+
+    def refresh(self, state: GibbsState, model_args: Any, model_kwargs: Any) -> GibbsState:
+        """Both blocks at the present values of each other's and of other kernels' sites: within a sweep NumPyro's
+        composite refreshes only after what moved in it."""
+        values = self.get_constrain_fn(model_args, model_kwargs)(state.z)
+        states = []
+        for kernel, names, of_block in zip(self._kernels, self._sites, state.block_states, strict=True):
+            others = {name: value for name, value in values.items() if name not in names}
+            states.append(kernel.refresh(of_block, model_args, with_conditioning(model_kwargs, others)))
+        return state._replace(block_states=tuple(states))
 
     def _check_support(self, state: GibbsState, args: Any, kwargs: Any) -> None:
         constrain = self.get_constrain_fn(args, kwargs)

@@ -6,6 +6,9 @@ import numpy as np
 from jax import Array
 from numpyro.infer.importance import _psis_khat
 
+#: Above it, means of such weights are not to be trusted.
+LARGE_PARETO_K = 0.7
+
 _FEWEST, _EQUAL = 25, 1e-4  # weights that give a tail of five; log weights this close count as equal
 
 

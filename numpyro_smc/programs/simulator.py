@@ -74,7 +74,7 @@ class Simulator:
         self.size = sum(int(np.prod(self.shapes[name])) for name in self.params)
         self.context_size = sum(int(np.prod(self.shapes[name])) for name in self.context)
         self.event_shape = jax.eval_shape(lambda: self._output(trace)).shape
-        self.elements = tuple(element for name in self.params for element in _elements(name, self.shapes[name]))
+        self.elements = tuple(element for name in self.params for element in element_names(name, self.shapes[name]))
         self.visible = self._visible(trace)
         self.hidden = frozenset(trace) - self.visible
         self.has_tractable_likelihood = is_tractable(model, trace, self.params, self.observed, self.context)
@@ -296,7 +296,8 @@ def _names(names: str | Sequence[str], argument: str, user: str) -> tuple[str, .
     return found
 
 
-def _elements(name: str, shape: tuple[int, ...]) -> list[str]:
+def element_names(name: str, shape: tuple[int, ...]) -> list[str]:
+    """Names of an array's elements, as they are raveled: ``"x"`` of a number, ``"x[0,1]"`` of an array."""
     return [f"{name}[{','.join(map(str, index))}]" if index else name for index in np.ndindex(*shape)]
 
 

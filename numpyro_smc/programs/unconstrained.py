@@ -81,7 +81,7 @@ class UnconstrainedModel:
         self.rng_key = random.key(0) if rng_key is None else rng_key
         # A copy, because networks with state write their new state into the dict that they are given.
         self.model = handlers.substitute(model, data=dict(params or {}))
-        self._sites = trace = self._trace(handlers.seed(_FreeOfImproper(self.model), self.rng_key))
+        self._sites = trace = self._trace(handlers.seed(FreeOfImproper(self.model), self.rng_key))
         self._check(trace, from_prior=guide is None)
         self.start: _Prior | GuideTarget
         if guide is None:
@@ -233,7 +233,7 @@ class _Prior:
         return Split(base, likelihood if rows is None else by_row.at[0].add(likelihood))
 
 
-class _FreeOfImproper(Messenger):
+class FreeOfImproper(Messenger):
     """Give improper sites some value of their support, so that a model that has them can be read."""
 
     def process_message(self, msg: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import numpy as np
 
 from numpyro_smc.reports.plots import new_axes
+from numpyro_smc.reports.tables import write_csv
 
 _TERMS = np.arange(1, 101)
+_SHOWN = 8  # columns in a plot or a repr: those that deviate most
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,12 +26,14 @@ class Uniformity:
     :ivar values: ``[n, k]``.
     :ivar names: of the k columns.
     :ivar meaning: what it means if the curve lies above the diagonal, and below.
+    :ivar level: probability of a false alarm of :attr:`passed`, shared among the columns.
     """
 
     title: str
     values: np.ndarray
     names: tuple[str, ...]
     meaning: tuple[str, str] = ("above the diagonal", "below the diagonal")
+    level: float = 0.01
 
     def __post_init__(self) -> None:
         if self.values.ndim != 2 or self.values.shape[1] != len(self.names) or not len(self.values):
@@ -39,13 +42,21 @@ class Uniformity:
             raise ValueError("Uniformity: values must lie between 0 and 1.")
 
     def __repr__(self) -> str:
-        lines = [f"{self.title}: {len(self.values)} simulations"]
-        for line in self.table():
+        verdict = "uniform" if self.passed else "not uniform"
+        lines = [f"{self.title}: {len(self.values)} simulations, {verdict} at level {self.level:g}"]
+        table = self.table()
+        for i in self._shown():
             lines.append(
-                f"  {line['name']}: largest deviation {line['deviation']:+.3f} ({line['reading']}), p = "
-                f"{line['p-value']:.3g}"
+                f"  {table[i]['name']}: largest deviation {table[i]['deviation']:+.3f} ({table[i]['reading']}), p = "
+                f"{table[i]['p-value']:.3g}"
             )
+        if len(table) > _SHOWN:
+            lines.append(f"  and {len(table) - _SHOWN} more, of larger p-values")
         return "\n".join(lines)
+
+    def _shown(self) -> np.ndarray:
+        """Columns in a plot or a repr, in their order."""
+        return np.sort(np.argsort(-np.abs(self.deviations), kind="stable")[:_SHOWN])
 
     @property
     def deviations(self) -> np.ndarray:
@@ -63,9 +74,14 @@ class Uniformity:
         terms = (-1.0) ** (_TERMS - 1) * np.exp(-2.0 * _TERMS**2 * scaled[:, None] ** 2)
         return np.where(scaled < 0.2, 1.0, np.clip(2.0 * terms.sum(-1), 0.0, 1.0))
 
-    def is_uniform(self, level: float = 0.01) -> bool:
-        """Whether no column is rejected at ``level``, shared among the columns (Bonferroni)."""
-        return bool((self.p_values >= level / len(self.names)).all())
+    @property
+    def passed(self) -> bool:
+        """:meth:`is_uniform` at :attr:`level`."""
+        return self.is_uniform()
+
+    def is_uniform(self, level: float | None = None) -> bool:
+        """Whether no column is rejected at ``level``, shared among the columns (Bonferroni); :attr:`level` if none."""
+        return bool((self.p_values >= (self.level if level is None else level) / len(self.names)).all())
 
     def distribution(self, levels: Any) -> np.ndarray:
         """The empirical distribution functions at given levels, ``[len(levels), k]``."""
@@ -79,12 +95,9 @@ class Uniformity:
             for name, d, p in rows
         ]
 
-    def to_csv(self, path: str | os.PathLike) -> None:
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`table`."""
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.table()[0])
-            writer.writeheader()
-            writer.writerows(self.table())
+        write_csv(path, self.table())
 
     def plot(self, ax: Any = None) -> Any:
         """Distribution functions beside the diagonal, with the band that 95 % of uniform samples stay in.
@@ -97,9 +110,21 @@ class Uniformity:
         width = 1.358 / (root + 0.12 + 0.11 / root)
         ax.fill_between([0, 1], [-width, 1 - width], [width, 1 + width], color="0.85", lw=0, label="95 % of uniform")
         levels = np.linspace(0, 1, 201)
-        for name, curve in zip(self.names, self.distribution(levels).T, strict=True):
-            ax.plot(levels, curve, label=name)
+        curves = self.distribution(levels)
+        for i in self._shown():
+            ax.plot(levels, curves[:, i], label=self.names[i])
         ax.plot([0, 1], [0, 1], color="0.4", lw=0.8)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="level", ylabel="share of simulations", title=self.title)
         ax.legend(frameon=False, fontsize="small")
         return ax
+
+
+def levels_of_ranks(places: Any, below: Any, equal: Any, num_draws: int) -> np.ndarray:
+    r"""Ranks of values among draws, as levels that are exactly uniform where value and draws are exchangeable.
+
+    A value above :math:`b` and equal to :math:`e` of :math:`n` draws gets :math:`(b + u (e + 1)) / (n + 1)`: any of the
+    ranks that it may have, and a place in the gap. So discrete values are uniform too.
+
+    :param places: independent uniform :math:`u`. **below**, **equal** - :math:`b` and :math:`e`; all of one shape.
+    """
+    return (np.asarray(below) + np.asarray(places) * (np.asarray(equal) + 1)) / (num_draws + 1)

@@ -26,6 +26,23 @@ def test_rejections_are_shared_among_columns():
     assert not Uniformity("ranks", np.c_[values[:, 0], values[:, 1] ** 2], ("a", "b")).is_uniform()
 
 
+def test_has_a_verdict_at_its_own_level():
+    values = np.random.default_rng(1).uniform(size=(200, 2)) ** 1.2
+    p_value = Uniformity("ranks", values, ("a", "b")).p_values.min()
+    strict, lenient = (Uniformity("ranks", values, ("a", "b"), level=2 * p_value * by) for by in (1.01, 0.99))
+    assert not strict.passed and "not uniform" in repr(strict)
+    assert lenient.passed and "not uniform" not in repr(lenient)
+
+
+def test_of_many_columns_the_worst_are_shown():
+    values = np.random.default_rng(2).uniform(size=(100, 12))
+    values[:, 10] **= 3
+    found = Uniformity("ranks", values, tuple("abcdefghijkl"))
+    assert "\n  k: " in repr(found) and "and 4 more" in repr(found) and len(found.table()) == 12
+    labels = [line.get_label() for line in found.plot().lines]
+    assert "k" in labels and len(labels) == 9
+
+
 def test_says_which_way_it_deviates(tmp_path):
     levels = np.linspace(0, 1, 100)[:, None] ** 2
     found = Uniformity("Coverage", levels, ("all",), ("conservative", "overconfident"))
