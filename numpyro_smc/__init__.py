@@ -1,5 +1,6 @@
 """Sequential Monte Carlo and modern variational inference on ordinary NumPyro programs."""
 
+from numpyro_smc import verify
 from numpyro_smc.elbo.dais import DAIS
 from numpyro_smc.elbo.dreg import DReG
 from numpyro_smc.elbo.dsmcs import DSMCS
@@ -35,6 +36,8 @@ from numpyro_smc.guides.local import LocalOptimizer, LocalOptimum
 from numpyro_smc.kernels.conditional_smc import ConditionalSMC
 from numpyro_smc.kernels.particle_gibbs import ParticleGibbs
 from numpyro_smc.kernels.particle_metropolis import ParticleMetropolis
+from numpyro_smc.kernels.smc2 import SMC2
+from numpyro_smc.kernels.smc2_result import SMC2Result
 from numpyro_smc.programs import resampling
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.twist import gauss_hermite, twist
@@ -62,6 +65,7 @@ __all__ = [
     "OVIS",
     "RWS",
     "SIXO",
+    "SMC2",
     "STL",
     "TVO",
     "VIMCO",
@@ -91,6 +95,7 @@ __all__ = [
     "RatioPosterior",
     "Reinforce",
     "RestrictedMask",
+    "SMC2Result",
     "SMCKernel",
     "SMCResult",
     "SMCSampler",
@@ -121,4 +126,5 @@ __all__ = [
     "log_schedule",
     "resampling",
     "twist",
+    "verify",
 ]

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from numpyro_smc.programs.pareto import LARGE_PARETO_K
 from numpyro_smc.programs.sites import BatchPlates
 from numpyro_smc.programs.weights import leave_one_out, normalise
 from numpyro_smc.reports.plots import new_axes
 
-LARGE_ERROR, SMALL_ESS, LARGE_PARETO_K, LOW_ACCEPTANCE = 0.5, 3.0, 0.7, 0.15
+LARGE_ERROR, SMALL_ESS, LOW_ACCEPTANCE = 0.5, 3.0, 0.15
 FEW = 0.02  # share of the elements whose trouble does not condemn the whole
 
 

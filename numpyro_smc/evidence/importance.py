@@ -10,13 +10,13 @@ import numpy as np
 from jax import Array, random
 from numpyro.util import find_stack_level
 
-from numpyro_smc.evidence.estimate import LARGE_PARETO_K, Evidence, log_mean_and_error
+from numpyro_smc.evidence.estimate import Evidence, log_mean_and_error
 from numpyro_smc.programs.arguments import check_if_given, check_positive
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, log_weights
 from numpyro_smc.programs.nonfinite import as_arrays, check_finite
-from numpyro_smc.programs.pareto import pareto_k
+from numpyro_smc.programs.pareto import LARGE_PARETO_K, pareto_k
 
 
 def importance(

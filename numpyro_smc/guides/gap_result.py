@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from numpyro_smc.evidence.bidirectional import BoundsFromBothSides
-from numpyro_smc.evidence.estimate import LARGE_ERROR, LARGE_PARETO_K
+from numpyro_smc.evidence.estimate import LARGE_ERROR
+from numpyro_smc.programs.pareto import LARGE_PARETO_K
 from numpyro_smc.reports.plots import new_axes
 from numpyro_smc.reports.summaries import mean_and_error
 

@@ -13,7 +13,7 @@ from jax import Array, lax, random
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.simulator import Simulations
 from numpyro_smc.ratio.diagnostics.simulated_posteriors import log_posteriors, simulated_posteriors
-from numpyro_smc.reports.uniformity import Uniformity
+from numpyro_smc.reports.uniformity import Uniformity, levels_of_ranks
 
 if TYPE_CHECKING:
     from numpyro_smc.ratio.estimator import RatioEstimator
@@ -45,11 +45,10 @@ def sbc(
     found = simulated_posteriors(run_key, estimator, num_pairs, num_samples, _learned(estimator, params), **options)
     chosen = estimator.simulator.mask(params)
     below = np.asarray(found.samples < found.theta[:, None]).sum(1)[:, chosen]
-    # One of the N + 1 gaps between draws, and a uniform place in it.
-    place = np.asarray(random.uniform(rank_key, below.shape))
+    levels = levels_of_ranks(random.uniform(rank_key, below.shape), below, 0, num_samples)
     names = tuple(np.asarray(estimator.elements)[chosen].tolist())
     meaning = ("estimates too large", "estimates too small")
-    return Uniformity("Simulation-based calibration", (below + place) / (num_samples + 1), names, meaning)
+    return Uniformity("Simulation-based calibration", levels, names, meaning)
 
 
 def coverage(
