@@ -75,7 +75,7 @@ def make_kernel(sampler: str, model: Callable, y: Array, options: argparse.Names
         return NUTS(model), None
     if sampler == "gibbs":
         return ParticleGibbs(model, options.num_particles), options.num_particles
-    correlated = {"correlation": 0.99} if sampler == "correlated" else {}
+    correlated: dict[str, Any] = {"correlation": 0.99, "resample": "always"} if sampler == "correlated" else {}
     first = ParticleMetropolis(model, options.num_particles, keep_paths=not correlated, **correlated)
     kernel, variances = first.tune(random.key(options.seed + 1), y)
     print(variances)
