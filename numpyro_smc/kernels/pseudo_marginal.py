@@ -15,6 +15,7 @@ from numpyro_smc.kernels.correlated_noise import Noise, move_noise
 from numpyro_smc.kernels.estimated_likelihood import Estimate, EstimatedLikelihood
 from numpyro_smc.programs.global_latents import GlobalLatents, Values
 from numpyro_smc.programs.pinned import path_sites
+from numpyro_smc.programs.weights import impossible_if_nan
 
 NUM_STARTS = 16
 MAX_STARTS = 100
@@ -128,13 +129,13 @@ class Target:
         def estimated() -> Estimate:
             sequence = self.likelihood.read(values, self.args, self.kwargs)
             estimate = self.likelihood(filter_key, sequence, noise)
-            return estimate._replace(log_evidence=_or_none(estimate.log_evidence))
+            return estimate._replace(log_evidence=impossible_if_nan(estimate.log_evidence))
 
         if self.screen is None:
             place = self._place(parameters, values, estimated(), noise)
             gain = place.log_prior + place.log_evidence - (current.log_prior + current.log_evidence)
             return Proposal(place, jnp.asarray(True), gain)
-        log_prior, log_screen = _or_none(self.latents.log_prior(parameters)), self._log_screen(values)
+        log_prior, log_screen = impossible_if_nan(self.latents.log_prior(parameters)), self._log_screen(values)
         gain = log_screen - current.log_screen
         passed = jnp.log(random.uniform(screen_key)) < log_prior - current.log_prior + gain
         unchanged = Estimate(current.log_evidence, self.split(current.z)[1])
@@ -160,9 +161,9 @@ class Target:
         return self._place(parameters, values, estimate, current.noise)
 
     def _place(self, parameters: Values, values: Values, estimate: Estimate, noise: Noise | None) -> Place:
-        log_prior = _or_none(self.latents.log_prior(parameters))
+        log_prior = impossible_if_nan(self.latents.log_prior(parameters))
         z = parameters | estimate.path
-        return Place(z, _or_none(estimate.log_evidence), log_prior, self._log_screen(values), noise)
+        return Place(z, impossible_if_nan(estimate.log_evidence), log_prior, self._log_screen(values), noise)
 
     def _log_screen(self, values: Values) -> Array:
         if self.screen is None:
@@ -175,9 +176,4 @@ class Target:
                 f"{self.likelihood.user}: screen returned an array of shape {log_screen.shape}; it must return one "
                 f"log likelihood, a scalar. Sum over the data."
             )
-        return _or_none(log_screen)
-
-
-def _or_none(log_density: Array) -> Array:
-    """Log densities, minus infinity where they are not a number."""
-    return jnp.where(jnp.isnan(log_density), -jnp.inf, log_density)
+        return impossible_if_nan(log_screen)

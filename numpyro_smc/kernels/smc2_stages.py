@@ -23,7 +23,7 @@ from numpyro_smc.programs.global_latents import GlobalLatents, Values
 from numpyro_smc.programs.resample import build
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.programs.sequence import Sequence
-from numpyro_smc.programs.weights import normalise
+from numpyro_smc.programs.weights import impossible_if_nan, normalise
 from numpyro_smc.samplers.moves import cloud_scale
 
 PROPOSALS = ("independent", "random_walk")
@@ -110,7 +110,7 @@ class Filters:
 
     def _start(self, rng_key: Array, sequence: Sequence, num_particles: int) -> Filtered:
         particles, info, _ = initialise(rng_key, sequence, num_particles)
-        start = Filtered(particles, {}, _or_none(sequence.bound(info.increment)))
+        start = Filtered(particles, {}, impossible_if_nan(sequence.bound(info.increment)))
         zero = jnp.asarray(0)
         first = jax.eval_shape(lambda: self._step(step_keys(rng_key, zero), sequence, zero, start)[0])
         return start._replace(values=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first.values))
@@ -119,7 +119,7 @@ class Filters:
         inputs = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, t, keepdims=False), sequence.inputs())
         particles, info, move = advance(keys, sequence, self.resample, filtered.particles, t, inputs)
         increment = sequence.over_problems(info.increment)
-        return Filtered(particles, move.values, _or_none(filtered.log_evidence + increment)), increment
+        return Filtered(particles, move.values, impossible_if_nan(filtered.log_evidence + increment)), increment
 
 
 def start(rng_key: Array, filters: Filters, num_parameters: int, num_states: int, moves: Moves) -> SMC2State:
@@ -150,7 +150,7 @@ def advance_all(
         return particle._replace(filtered=filtered), increment
 
     particles, increments = _each(one, (_keys(rng_key, state), state.particles), moves.batch_size)
-    log_weights, increment, ess = normalise(_or_none(state.log_weights + increments))
+    log_weights, increment, ess = normalise(impossible_if_nan(state.log_weights + increments))
     broken = jnp.sum(jnp.isnan(increments) | jnp.isposinf(increments))
     return _strong(SMC2State(particles, log_weights)), increment, ess, broken
 
@@ -180,7 +180,7 @@ def rejuvenate(rng_key: Array, t: Array, state: SMC2State, filters: Filters, mov
         proposed, log_proposals = _propose(moves.proposal, position, direction, mean, scale)
         new = _particle(latents, unravel(proposed), lambda values: filters.run(filter_key, values, t, num_states))
         gain = (new.log_prior + new.filtered.log_evidence) - (current.log_prior + current.filtered.log_evidence)
-        accept_prob = jnp.minimum(jnp.exp(_or_none(gain + log_proposals)), 1.0)
+        accept_prob = jnp.minimum(jnp.exp(impossible_if_nan(gain + log_proposals)), 1.0)
         accepted = random.uniform(accept_key) < accept_prob
         return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, current), accept_prob
 
@@ -209,14 +209,14 @@ def exchange(
 
     values = {name: state.particles.parameters[name] for name in state.particles.z}
     filtered = _each(one, (_keys(rng_key, state), values), moves.batch_size)
-    log_weights, increment, _ = normalise(_or_none(state.log_weights + filtered.log_evidence - old))
+    log_weights, increment, _ = normalise(impossible_if_nan(state.log_weights + filtered.log_evidence - old))
     return _strong(SMC2State(state.particles._replace(filtered=filtered), log_weights)), increment
 
 
 def _particle(latents: GlobalLatents, z: Values, filtered: Callable[[Values], Filtered]) -> ParameterParticle:
     parameters = latents.values(z)
     filter_at = filtered({name: parameters[name] for name in z})
-    return ParameterParticle(z, parameters, _or_none(latents.log_prior(z)), filter_at)
+    return ParameterParticle(z, parameters, impossible_if_nan(latents.log_prior(z)), filter_at)
 
 
 def _propose(kind: str, z: Array, direction: Array, mean: Array, scale: Array) -> tuple[Array, Array]:
@@ -234,11 +234,6 @@ def _each(fn: Callable[[Any], Any], operands: Any, batch_size: int | None) -> An
 
 def _keys(rng_key: Array, state: SMC2State) -> Array:
     return random.split(rng_key, state.log_weights.shape[0])
-
-
-def _or_none(log_density: Array) -> Array:
-    """Log densities, minus infinity where they are not a number."""
-    return jnp.where(jnp.isnan(log_density), -jnp.inf, log_density)
 
 
 def _strong(state: SMC2State) -> SMC2State:

@@ -51,6 +51,11 @@ def effective_sample_size(log_weights: Array) -> Array:
     return normalise(log_weights)[2]
 
 
+def impossible_if_nan(log_density: Array) -> Array:
+    """Log densities, minus infinity where they are not a number: what cannot be evaluated is never accepted."""
+    return jnp.where(jnp.isnan(log_density), -jnp.inf, log_density)
+
+
 class LeaveOneOut(NamedTuple):
     r"""Each log weight against the others, both relative to the largest (no cancellation at any offset).
 
