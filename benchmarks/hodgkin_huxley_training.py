@@ -1,0 +1,290 @@
+"""Training and evaluation on the Hodgkin-Huxley neuron: several initial currents in one compiled program."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax, random
+from numpyro import handlers
+from numpyro.infer import SVI
+from numpyro.infer.elbo import ELBO
+from numpyro.infer.svi import SVIState
+
+from models import hodgkin_huxley as hh
+from models import hodgkin_huxley_guides as guides
+from numpyro_smc import FIVO, SIXO, FitResult, alternating, bootstrap, fit
+from numpyro_smc.engines.alternation import current_phase
+
+
+class Method(NamedTuple):
+    """A bound and its guide."""
+
+    proposal: str
+    twisted: bool
+
+
+METHODS = {
+    "fivo-bootstrap": Method("bootstrap", False),
+    "fivo-filtering": Method("filtering", False),
+    "sixo-bootstrap": Method("bootstrap", True),
+    "sixo-smoothing": Method("smoothing", True),
+}
+
+
+class Batches(ELBO):
+    """A loss of several replicates of the parameters, each averaged over a batch of series drawn with replacement.
+
+    :param ratio_loss: ``(rng_key, params)`` of one replicate, in steps that train the twist.
+    """
+
+    def __init__(self, loss: ELBO, size: int, ratio_loss: Callable[[Array, Any], Array] | None = None) -> None:
+        super().__init__(num_particles=loss.num_particles)
+        self.loss_of_series = loss
+        self.size = size
+        self.ratio_loss = ratio_loss
+        self.can_infer_discrete = loss.can_infer_discrete
+
+    def loss_with_mutable_state(
+        self, rng_key: Array, param_map: Any, model: Any, guide: Any, data: Array, params: Any = None
+    ) -> Any:
+        """The sum over replicates; ``param_map`` has them on its leading axes, ``data`` is ``[series, T, C]``."""
+        keys = random.split(rng_key, len(jax.tree.leaves(param_map)[0]))
+
+        def bound_step(param_map: Any) -> Array:
+            def one(key: Array, replicate: Any) -> Array:
+                batch_key, key = random.split(key)
+                batch = data[random.randint(batch_key, (self.size,), 0, len(data))]
+                losses = jax.vmap(lambda key, y: self.loss_of_series.loss(key, replicate, model, guide, y, params))
+                return jnp.mean(losses(random.split(key, self.size), batch))
+
+            return jnp.sum(jax.vmap(one)(keys, hold(param_map, of_twist=True)))
+
+        def twist_step(param_map: Any) -> Array:
+            return jnp.sum(jax.vmap(self.ratio_loss)(keys, hold(param_map, of_twist=False)))
+
+        phase = current_phase()
+        if self.ratio_loss is None or phase is None:
+            loss = bound_step(param_map)
+        else:
+            loss = lax.cond(phase, twist_step, bound_step, param_map)
+        return {"loss": loss, "mutable_state": None}
+
+
+def hold(params: Mapping[str, Any], of_twist: bool) -> dict[str, Any]:
+    """The parameters, without gradient for those of the twist, or for all others."""
+    return {
+        name: lax.stop_gradient(value) if name.startswith("twist") == of_twist else value
+        for name, value in params.items()
+    }
+
+
+def make_ratio_loss(
+    model: Callable[..., Any],
+    build_twist: Callable[[Array], Any],
+    num_series: int,
+    num_times: int,
+    last: int,
+    subsample: int,
+    fixed: Any = None,
+) -> Callable[[Array, Any], Array]:
+    """The density-ratio loss of :class:`numpyro_smc.SIXO` at random steps, latents of the next series as negatives.
+
+    Neighbouring steps say much the same, and the networks of some of them cost little when not stepped through.
+
+    :param num_series: simulated series per evaluation.
+    :param num_times: steps of each of them, drawn with replacement.
+    :param last: the twist counts before this step.
+    :return: a function of a key and of parameters.
+    """
+
+    def ratio_loss(rng_key: Array, params: Any) -> Array:
+        simulate_key, time_key = random.split(rng_key)
+        of_model = fixed if fixed is not None else {"current": params["current"]}
+
+        def simulate(key: Array) -> Any:
+            with handlers.block():
+                return handlers.seed(model, key)(None, lax.stop_gradient(of_model))
+
+        x, y = lax.stop_gradient(jax.vmap(simulate)(random.split(simulate_key, num_series)))
+
+        def logits(key: Array, positive: Array, negative: Array, y: Array) -> Any:
+            with handlers.block(), handlers.substitute(data=params):
+                inputs, log_twist = build_twist(y[::subsample])
+            times = random.randint(key, (num_times,), 0, last)
+            return [jax.vmap(log_twist)(path[times], inputs[times]) for path in (positive, negative)]
+
+        keys = random.split(time_key, num_series)
+        positive, negative = jax.vmap(logits)(keys, x, jnp.roll(x, 1, 0), y)
+        return jnp.mean(jax.nn.softplus(-positive) + jax.nn.softplus(negative))
+
+    return ratio_loss
+
+
+def make_data(seed: int, num_series: int, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
+    """States and observations of the model at the true current; observations that no model sees are zero."""
+    x, y = hh.simulate(random.key(seed), num_series, hh.make_model(**settings))
+    subsample = settings.get("subsample", hh.SUBSAMPLE)
+    seen = np.arange(y.shape[1]) % subsample == 0
+    return x, np.where(seen[:, None], y, 0.0)
+
+
+def build(method: str, options: argparse.Namespace, seed: int, fixed: Any = None, **settings: Any) -> SVI:
+    """The method's :class:`SVI`, whose loss takes ``(data, params)``.
+
+    :param fixed: the ``params`` that the loss will be called with.
+    """
+    proposal, twisted = METHODS[method]
+    model = hh.make_model(**settings)
+    of_guide = {name: value for name, value in settings.items() if name != "noise"}
+    guide: Any = bootstrap(model)
+    if proposal != "bootstrap" or twisted:
+        guide = guides.make_guide(
+            proposal,
+            "learned" if twisted else "none",
+            random.key(1000 + seed),
+            residual=options.residual,
+            init_log_scale=options.init_log_scale,
+            width=options.mlp_size,
+            hidden_size=options.rnn_size,
+            **of_guide,
+        )
+    rate = schedule(options.lr, options.final_lr, options.milestones, options.num_train_steps)
+    of_current = optax.chain(optax.clip(options.clip), optax.adam(rate))
+    optim: Any = optax.multi_transform(
+        {"current": of_current, "network": optax.adam(options.proposal_lr)}, label_parameters
+    )
+    particles = options.num_train_particles
+    if not twisted:
+        return SVI(model, guide, optim, Batches(FIVO(particles), options.batch_size))
+    num_steps, subsample = settings.get("num_steps", hh.NUM_STEPS), settings.get("subsample", hh.SUBSAMPLE)
+    compartments = settings.get("num_compartments", 1)
+    twist = guides.learned_twist(random.key(0), num_steps, compartments, subsample, options.mlp_size, options.rnn_size)
+    last = (num_steps - 1) // subsample * subsample
+    ratio_loss = make_ratio_loss(model, twist, options.tilt_batch_size, options.num_tilt_times, last, subsample, fixed)
+    twist_rate = schedule(options.tilt_lr, options.final_tilt_lr, options.tilt_milestones, twist_steps(options))
+    turns = {"num_steps": options.inner_steps[0], "num_twist_steps": options.inner_steps[1]}
+    optim = alternating(optim, optax.adam(twist_rate), **turns)
+    return SVI(model, guide, optim, Batches(SIXO(particles), options.batch_size, ratio_loss))
+
+
+def schedule(rate: float, final_rate: float, milestones: list[int], num_steps: int) -> optax.Schedule:
+    """Halved at each milestone if there are any, as published; else a cosine from the first rate to the last."""
+    if milestones:
+        return optax.piecewise_constant_schedule(rate, {step: 0.5 for step in milestones})
+    return optax.cosine_decay_schedule(rate, num_steps, final_rate / rate)
+
+
+def twist_steps(options: argparse.Namespace) -> int:
+    """Steps of the twist among ``num_train_steps`` of the model."""
+    turns = options.inner_steps
+    return max(options.num_train_steps // turns[0] * turns[1], 1)
+
+
+def label_parameters(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimiser of each parameter: the current's, or the networks'."""
+    return {
+        name: jax.tree.map(lambda _, name=name: "current" if name == "current" else "network", value)
+        for name, value in params.items()
+    }
+
+
+def start(svi: SVI, rng_key: Array, y: Array, currents: list[float] | None, fixed: Any = None) -> SVIState:
+    """The initial state: one replicate per current, networks alike; without currents one replicate."""
+    init_key, key = random.split(rng_key)
+    params = svi.get_params(svi.init(init_key, y, fixed))
+    size = 1 if currents is None else len(currents)
+    stacked = jax.tree.map(lambda value: jnp.repeat(value[None], size, 0), params)
+    if currents is not None:
+        stacked["current"] = jnp.asarray(currents, jnp.float32)
+    return SVIState(svi.optim.init(stacked), None, key)
+
+
+def train(
+    svi: SVI,
+    seed: int,
+    num_steps: int,
+    data: Array,
+    currents: list[float] | None,
+    options: argparse.Namespace,
+    checkpoint: Path,
+    fixed: Any = None,
+) -> FitResult:
+    """Train all replicates for ``num_steps`` steps of the model, and as many of the twist as belong to them.
+
+    ``FitResult.evaluations`` holds each replicate's current and bound on the same few series. Ctrl-C ends the program;
+    the checkpoint is taken up by the same call.
+    """
+    turns = options.inner_steps
+    is_twisted = isinstance(svi.loss.loss_of_series, SIXO)
+    total = num_steps // turns[0] * sum(turns) + num_steps % turns[0] if is_twisted else num_steps
+
+    @jax.jit
+    def bounds(params: dict[str, Any], key: Array) -> Array:
+        few = data[: options.num_curve_series]
+        return lax.map(lambda one: own_bounds(svi, one, few, key, 1, fixed).mean(), params)
+
+    def evaluate(params: dict[str, Any], key: Array) -> dict[str, float]:
+        values = {f"bound {i}": float(value) for i, value in enumerate(bounds(params, key))}
+        if currents is not None:
+            values |= {f"current {i}": float(value) for i, value in enumerate(params["current"])}
+        return values
+
+    result = fit(
+        svi,
+        random.key(seed),
+        min(total, options.stop_after or total),
+        data,
+        fixed,
+        init_state=start(svi, random.key(seed), data[0], currents, fixed),
+        progress_bar=not options.no_progress,
+        checkpoint=checkpoint,
+        checkpoint_every=max(total // 20, 1),
+        evaluate=evaluate,
+        evaluate_every=max(total // options.num_curve_points, 1),
+    )
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return result
+
+
+def own_bounds(svi: SVI, params: Any, data: Array, rng_key: Array, num_keys: int, fixed: Any = None) -> Array:
+    """The bound that a method trains, of one replicate: ``[num_keys, series]``."""
+    loss = svi.loss.loss_of_series
+
+    def one(key: Array) -> Array:
+        keys = random.split(key, len(data))
+        return -jax.vmap(lambda key, y: loss.loss(key, params, svi.model, svi.guide, y, fixed))(keys, data)
+
+    return lax.map(one, random.split(rng_key, num_keys))
+
+
+def filter_evidences(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    params: Any,
+    data: Array,
+    num_particles: int,
+    num_keys: int,
+    fixed: Any = None,
+    twisted: bool = False,
+) -> np.ndarray:
+    """Log evidences by a particle filter, ``[num_keys, series]``: of the model alone, or with a guide."""
+    loss = SIXO(num_particles) if twisted else FIVO(num_particles)
+    guide = bootstrap(model) if guide is None else guide
+
+    @jax.jit
+    def all_series(params: Any, data: Array, key: Array) -> Array:
+        keys = random.split(key, len(data))
+        return lax.map(
+            lambda pair: -loss.loss(pair[0], params, model, guide, pair[1], fixed), (keys, data), batch_size=8
+        )
+
+    keys = random.split(random.key(17), num_keys)
+    return np.stack([np.asarray(all_series(params, data, key)) for key in keys])
