@@ -257,6 +257,8 @@ class ConditionalSMC(MCMCKernel):
         """The program as the recursion sees it, checked for what conditional SMC needs."""
         user = type(self).__name__
         sequence = read_sequence(rng_key, self._model, self._guide, self.params, args, kwargs or {}, user=user)
+        if not path_sites(sequence)[1]:
+            raise ValueError(f"{user}: the scan's steps have no latent sites, so there is no path to sample.")
         if (self._sweep.ancestor_sampling or self._sweep.backward_sampling) and depends_on_past(sequence):
             raise ValueError(
                 f"{user}: ancestor and backward sampling need a carry that the step's own latents determine, but this "

@@ -366,6 +366,14 @@ def auxiliary_guide(y):
     scan(step, numpyro.sample("x_init", dist.Normal()), y)
 
 
+def no_states(y):
+    def step(last, y_t):
+        numpyro.sample("y", dist.Normal(0.5 * last, 1.0), obs=y_t)
+        return y_t, None
+
+    scan(step, 0.0, y)
+
+
 def start(kernel, *args, init_params=None):
     return lambda: kernel.init(random.key(0), 1, init_params, args, {})
 
@@ -390,6 +398,7 @@ REFUSALS = {
         r"without \['x_init'\]",
     ),
     "guide": (start(ConditionalSMC(autoregression, 4, guide=auxiliary_guide), Y), "'u' is auxiliary"),
+    "no states": (start(ConditionalSMC(no_states, 4), Y), "no latent sites"),
 }
 
 

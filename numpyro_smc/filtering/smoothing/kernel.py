@@ -72,12 +72,14 @@ class BackwardKernel:
     def of_pairs(self, step: Step, past: Array, future: dict[str, Array]) -> Array:
         """Log densities from the particles ``past`` ``[M, *batch]`` to as many states, ``[M, *batch]``."""
         particles = jax.tree.map(lambda leaf: take(leaf, past, self.rank), step.cloud.particles)
-        return jax.vmap(lambda one, to: self.log_density(step, one, to))(particles, future)
+        # The size is said for programs without latents, whose pairs are empty.
+        each = jax.vmap(lambda one, to: self.log_density(step, one, to), axis_size=past.shape[0])
+        return each(particles, future)
 
     def log_probabilities(self, step: Step, future: dict[str, Array]) -> Array:
         """Unnormalised log probabilities of all particles to have led to one state, ``[N, *batch]``."""
-        each = jax.vmap(lambda past: self.log_density(step, past, future))(step.cloud.particles)
-        return step.log_weights + each
+        each = jax.vmap(lambda past: self.log_density(step, past, future), axis_size=self.num_particles)
+        return step.log_weights + each(step.cloud.particles)
 
 
 def steps_of(sequence: Sequence, history: Any) -> Step:
