@@ -40,6 +40,7 @@ def test_replicates_are_trained_by_their_own_losses_only():
     assert float(slopes[0][1]) != float(slopes[1][1])
 
 
+@pytest.mark.slow
 def test_density_ratio_loss_at_random_steps_has_the_mean_of_sixo_s():
     # 400 and 400 evaluations under networks at random: the difference of means within five standard errors
     model = hh.make_model(**SETTINGS)
@@ -97,6 +98,7 @@ def test_unknown_method_of_inference_is_refused(capsys):
     assert "there is no 'iwae'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_truth_and_learning_write_their_tables_and_figures(tmp_path):
     argv = [*ARGUMENTS, "--methods", "fivo-bootstrap", "--init_currents", "1.3", "20", "--output", str(tmp_path)]
     rows = hodgkin_huxley.main(argv)

@@ -47,6 +47,7 @@ def test_controls_are_measured_once_and_nuts_where_there_is_one_mode():
     ]
 
 
+@pytest.mark.slow
 def test_every_cell_is_measured_and_written(tables, folder):
     rows = tables[ratio_references.NAME]
     assert [row["method"] for row in rows] == [SMC, HALVES, PRIOR]
@@ -54,6 +55,7 @@ def test_every_cell_is_measured_and_written(tables, folder):
     assert len(json.loads((folder / "ratio_references.json").read_text())["rows"]) == 3
 
 
+@pytest.mark.slow
 def test_samplers_are_nearer_to_the_reference_than_the_prior(tables):
     """Of 400 rows: the standard error of an accuracy is 0.025."""
     accuracy = {row["method"]: row["C2ST"] for row in tables[ratio_references.NAME]}
@@ -61,17 +63,20 @@ def test_samplers_are_nearer_to_the_reference_than_the_prior(tables):
     assert max(accuracy[method] for method in (SMC, HALVES)) < 0.64
 
 
+@pytest.mark.slow
 def test_evidence_of_the_gaussian_is_the_exact_one(tables):
     row = tables[ratio_references.NAME][0]
     assert abs(row["log evidence"] - row["exact"]) < 5 * row["log evidence s.e."]
 
 
+@pytest.mark.slow
 def test_ranks_have_a_row_for_each_parameter_and_the_likelihood(tables):
     ranks = tables[RANKS]
     assert [row["quantity"] for row in ranks] == [*(f"theta[{i}]" for i in range(10)), "log likelihood"]
     assert all(0 <= row["inside 50%"] <= row["inside 95%"] <= 1 for row in ranks)
 
 
+@pytest.mark.slow
 def test_second_call_measures_nothing_again(tables, folder, monkeypatch):
     monkeypatch.setattr(ratio_references, "compare", None)
     monkeypatch.setattr(ratio_references, "rank_table", None)
