@@ -23,14 +23,14 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_smc.engines.particles import Move, ParticleState, Recursion, run
-from numpyro_smc.filtering.smoothing.genealogy import draw_final, take
+from numpyro_smc.filtering.smoothing.genealogy import draw_final, follow, take, trace_back
+from numpyro_smc.filtering.smoothing.kernel import BackwardKernel, Step, steps_of
 from numpyro_smc.programs.pinned import Path, path_sites, pin
 from numpyro_smc.programs.reading import read_sequence
-from numpyro_smc.programs.replay import depends_on_past, step_latents, transition_density
+from numpyro_smc.programs.replay import depends_on_past, transition_density
 from numpyro_smc.programs.resample import Decision, build, no_conditional
 from numpyro_smc.programs.resampling import Scheme, resolve
-from numpyro_smc.programs.resampling.inverse_cdf import scaled_weights, search
-from numpyro_smc.programs.sequence import Cloud, Program, Sequence
+from numpyro_smc.programs.sequence import Program, Sequence
 
 
 class ConditionalSMCState(NamedTuple):
@@ -50,26 +50,6 @@ class ConditionalSMCState(NamedTuple):
     rng_key: Array
 
 
-def choose_ancestor(
-    rng_key: Array, sequence: Sequence, t: Array, x: Any, cloud: Cloud, log_weights: Array, future: Path
-) -> Array:
-    """Draw the particle that a step's given latents descend from, among those of the step before: int ``[*batch]``.
-
-    :param x: the model's inputs of step ``t``. **cloud**, **log_weights** - of the step before, without twists.
-    :param future: the latents of step ``t``.
-    """
-
-    def density(particles: Any) -> Array:
-        return transition_density(sequence, t, x, particles, cloud.shared, future)
-
-    log_weights = log_weights + jax.vmap(density)(cloud.particles)
-    # One uniform number and a search; a draw by N Gumbel variables would cost as much as the rest of the step.
-    flat = log_weights.reshape(log_weights.shape[0], -1)
-    positions = random.uniform(rng_key, (flat.shape[1], 1), flat.dtype)
-    chosen = jax.vmap(lambda column, at: search(scaled_weights(column), at)[0], (1, 0))(flat, positions)
-    return chosen.reshape(log_weights.shape[1:])
-
-
 def _without_twists(state: ParticleState) -> Array:
     """Log weights of the filtering distribution, up to a constant."""
     return state.log_weights - state.cloud.particles.get("log twist", 0.0)
@@ -79,8 +59,12 @@ def ancestor_pivots(sequence: Sequence) -> Callable[[Array, Array, Any, Particle
     """Ancestor sampling: the reference's past is drawn anew wherever the cloud is resampled."""
 
     def pivots(rng_key: Array, t: Array, inputs: Any, state: ParticleState) -> Array:
-        args = inputs["model"], state.cloud, _without_twists(state), inputs["steering"]
-        return choose_ancestor(rng_key, sequence, t, *args)
+        particles, shared = state.cloud
+
+        def density(past: Any) -> Array:
+            return transition_density(sequence, t, inputs["model"], past, shared, inputs["steering"])
+
+        return draw_final(rng_key, _without_twists(state) + jax.vmap(density)(particles), 1)[0]
 
     return pivots
 
@@ -88,6 +72,14 @@ def ancestor_pivots(sequence: Sequence) -> Callable[[Array, Array, Any, Particle
 def reference_pivots(rng_key: Array, t: Array, inputs: Any, state: ParticleState) -> Array:
     """The reference descends from itself."""
     return jnp.zeros(state.log_weights.shape[1:], jnp.int32)
+
+
+class _Kept(NamedTuple):
+    """What a sweep keeps of its run, as smoothers read the history of a filter."""
+
+    ancestors: Array
+    initial: Any
+    steps: Any
 
 
 class Sweep(NamedTuple):
@@ -115,49 +107,32 @@ class Sweep(NamedTuple):
             return kept
 
         recursion = run(run_key, sequence, self.num_particles, self.resample, keep=keep, pivots=pivots)
-        choose = self._backward if self.backward_sampling else self._lineage
-        return choose(path_key, sequence, recursion), recursion
+        kept = _Kept(recursion.steps.ancestors, recursion.kept, recursion.steps.history)
+        if self.backward_sampling:
+            indices = _backward(path_key, sequence, recursion, kept)
+        else:
+            indices = trace_back(kept.ancestors, draw_final(path_key, recursion.state.log_weights, 1))
+        return jax.tree.map(lambda leaf: leaf[0], follow(kept, *indices)), recursion
 
-    def _lineage(self, rng_key: Array, sequence: Sequence, recursion: Recursion) -> Path:
-        """Follow the ancestors of a final particle."""
-        rank = len(sequence.batch_shape)
 
-        def back(index: Array, inputs: Any) -> tuple[Array, Path]:
-            ancestors, values = inputs
-            return take(ancestors, index, rank), jax.tree.map(lambda leaf: take(leaf, index, rank)[0], values)
+def _backward(rng_key: Array, sequence: Sequence, recursion: Recursion, kept: _Kept) -> Any:
+    """Choose parents anew, going backwards, at the steps that began by resampling: at others a particle's parent is not
+    random."""
+    kernel = BackwardKernel(sequence, steps_of(sequence, kept), recursion.state.log_weights)
 
-        last = draw_final(rng_key, recursion.state.log_weights, 1)
-        steps = recursion.steps
-        first, path = lax.scan(back, last, (steps.ancestors, steps.history["values"]), reverse=True)
-        return path | jax.tree.map(lambda leaf: take(leaf, first, rank)[0], recursion.kept["values"])
+    def back(carry: tuple[Array, Array], inputs: tuple[Step, Array]) -> tuple[tuple[Array, Array], Array]:
+        rng_key, index = carry
+        step, resampled = inputs
+        rng_key, key = random.split(rng_key)
+        future = jax.tree.map(lambda leaf: leaf[0], kernel.future(step, index))
+        drawn = draw_final(key, kernel.log_probabilities(step, future), 1)
+        return (rng_key, jnp.where(resampled, drawn, take(step.ancestors, index, kernel.rank))), index
 
-    def _backward(self, rng_key: Array, sequence: Sequence, recursion: Recursion) -> Path:
-        """Choose parents anew, going backwards, at the steps that began by resampling: at others a particle's parent
-        is not random."""
-        rank = len(sequence.batch_shape)
-        latents = step_latents(sequence)
-        earlier = jax.tree.map(
-            lambda first, rest: jnp.concatenate([first[None], rest[:-1]]),
-            {name: recursion.kept[name] for name in ("cloud", "log_weights")},
-            {name: recursion.steps.history[name] for name in ("cloud", "log_weights")},
-        )
-
-        def back(carry: tuple[Array, Array], inputs: Any) -> tuple[tuple[Array, Array], Path]:
-            rng_key, index = carry
-            t, x, before, values, ancestors, resampled = inputs
-            rng_key, key = random.split(rng_key)
-            chosen = jax.tree.map(lambda leaf: take(leaf, index, rank)[0], values)
-            future = {name: chosen[name] for name in latents}
-            drawn = choose_ancestor(key, sequence, t, x, before["cloud"], before["log_weights"], future)
-            return (rng_key, jnp.where(resampled, drawn, take(ancestors, index, rank)[0])[None]), chosen
-
-        last_key, rng_key = random.split(rng_key)
-        last = draw_final(last_key, recursion.state.log_weights, 1)
-        steps, times = recursion.steps, jnp.arange(sequence.length)
-        values = steps.history["values"]
-        inputs = (times, sequence.inputs()["model"], earlier, values, steps.ancestors, steps.resampled)
-        (_, first), path = lax.scan(back, (rng_key, last), inputs, reverse=True)
-        return path | jax.tree.map(lambda leaf: take(leaf, first, rank)[0], recursion.kept["values"])
+    final_key, rng_key = random.split(rng_key)
+    last = draw_final(final_key, kernel.final_log_weights, 1)
+    inputs = kernel.steps, recursion.steps.resampled
+    (_, first), path = lax.scan(back, (rng_key, last), inputs, reverse=True)
+    return first, path
 
 
 class ConditionalSMC(MCMCKernel):
