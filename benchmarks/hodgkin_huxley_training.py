@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,23 +30,35 @@ class Method(NamedTuple):
 
     proposal: str
     twisted: bool
+    hold_prior: bool = True
 
 
+#: As published, and with bootstrap proposals that are held: no gradient goes to the current through them.
 METHODS = {
-    "fivo-bootstrap": Method("bootstrap", False),
+    "fivo-bootstrap": Method("bootstrap", False, hold_prior=False),
+    "fivo-bootstrap-held": Method("bootstrap", False),
     "fivo-filtering": Method("filtering", False),
-    "sixo-bootstrap": Method("bootstrap", True),
+    "sixo-bootstrap": Method("bootstrap", True, hold_prior=False),
+    "sixo-bootstrap-held": Method("bootstrap", True),
     "sixo-smoothing": Method("smoothing", True),
 }
+
+
+class Pool(NamedTuple):
+    """Series simulated to train the twist on: a first axis for replicates of the parameters, then one for series."""
+
+    x: Array  # [R, S, T, 4 C]
+    seen: Array  # observations that the model sees, [R, S, K, C]
+    uses: Array  # steps of the twist taken with them
 
 
 class Batches(ELBO):
     """A loss of several replicates of the parameters, each averaged over a batch of series drawn with replacement.
 
-    :param ratio_loss: ``(rng_key, params)`` of one replicate, in steps that train the twist.
+    :param ratio_loss: in steps that train the twist.
     """
 
-    def __init__(self, loss: ELBO, size: int, ratio_loss: Callable[[Array, Any], Array] | None = None) -> None:
+    def __init__(self, loss: ELBO, size: int, ratio_loss: RatioLoss | None = None) -> None:
         super().__init__(num_particles=loss.num_particles)
         self.loss_of_series = loss
         self.size = size
@@ -54,27 +68,31 @@ class Batches(ELBO):
     def loss_with_mutable_state(
         self, rng_key: Array, param_map: Any, model: Any, guide: Any, data: Array, params: Any = None
     ) -> Any:
-        """The sum over replicates; ``param_map`` has them on its leading axes, ``data`` is ``[series, T, C]``."""
-        keys = random.split(rng_key, len(jax.tree.leaves(param_map)[0]))
+        """The sum over replicates; ``param_map`` has them on its leading axes, ``data`` is ``[series, T, C]``.
 
-        def bound_step(param_map: Any) -> Array:
+        The mutable state ``"pool"`` holds the :class:`Pool` of ``ratio_loss``, which steps of the model throw away.
+        """
+        pool = param_map.get("pool")
+        replicates = {name: value for name, value in param_map.items() if name != "pool"}
+        keys = random.split(rng_key, len(jax.tree.leaves(replicates)[0]))
+
+        def bound_step(replicates: Any, pool: Any) -> tuple[Array, Any]:
             def one(key: Array, replicate: Any) -> Array:
                 batch_key, key = random.split(key)
                 batch = data[random.randint(batch_key, (self.size,), 0, len(data))]
                 losses = jax.vmap(lambda key, y: self.loss_of_series.loss(key, replicate, model, guide, y, params))
                 return jnp.mean(losses(random.split(key, self.size), batch))
 
-            return jnp.sum(jax.vmap(one)(keys, hold(param_map, of_twist=True)))
-
-        def twist_step(param_map: Any) -> Array:
-            return jnp.sum(jax.vmap(self.ratio_loss)(keys, hold(param_map, of_twist=False)))
+            loss = jnp.sum(jax.vmap(one)(keys, hold(replicates, of_twist=True)))
+            return loss, None if pool is None else pool._replace(uses=jnp.zeros_like(pool.uses))
 
         phase = current_phase()
         if self.ratio_loss is None or phase is None:
-            loss = bound_step(param_map)
+            loss, pool = bound_step(replicates, pool)
         else:
-            loss = lax.cond(phase, twist_step, bound_step, param_map)
-        return {"loss": loss, "mutable_state": None}
+            twist_step = partial(self.ratio_loss, keys)
+            loss, pool = lax.cond(phase, twist_step, bound_step, replicates, pool)
+        return {"loss": loss, "mutable_state": None if pool is None else {"pool": pool}}
 
 
 def hold(params: Mapping[str, Any], of_twist: bool) -> dict[str, Any]:
@@ -85,46 +103,68 @@ def hold(params: Mapping[str, Any], of_twist: bool) -> dict[str, Any]:
     }
 
 
-def make_ratio_loss(
-    model: Callable[..., Any],
-    build_twist: Callable[[Array], Any],
-    num_series: int,
-    num_times: int,
-    last: int,
-    subsample: int,
-    fixed: Any = None,
-) -> Callable[[Array, Any], Array]:
-    """The density-ratio loss of :class:`numpyro_smc.SIXO` at random steps, latents of the next series as negatives.
+@dataclass(frozen=True)
+class RatioLoss:
+    """The density-ratio loss of :class:`numpyro_smc.SIXO`, of some simulated series at random steps of each.
 
-    Neighbouring steps say much the same, and the networks of some of them cost little when not stepped through.
+    To simulate costs more than a step of the twist: a pool of series serves several steps. Neighbouring states say much
+    the same, so a step takes few of each series. Negatives are latents of another series.
 
-    :param num_series: simulated series per evaluation.
+    :param num_series: simulated series in the pool.
+    :param num_uses: steps of the twist before the pool is drawn anew.
+    :param size: series per step, drawn without replacement.
     :param num_times: steps of each of them, drawn with replacement.
     :param last: the twist counts before this step.
-    :return: a function of a key and of parameters.
     """
 
-    def ratio_loss(rng_key: Array, params: Any) -> Array:
-        simulate_key, time_key = random.split(rng_key)
-        of_model = fixed if fixed is not None else {"current": params["current"]}
+    model: Callable[..., Any]
+    build_twist: Callable[[Array, Array], Any]
+    num_series: int
+    num_uses: int
+    size: int
+    num_times: int
+    last: int
+    subsample: int
+    fixed: Any = None
 
-        def simulate(key: Array) -> Any:
+    def __call__(self, keys: Array, replicates: Any, pool: Pool) -> tuple[Array, Pool]:
+        """The sum over replicates, and the pool it used."""
+        replicates = hold(replicates, of_twist=False)
+        keys, pool_keys = jax.vmap(random.split, out_axes=1)(keys)
+        pool = lax.cond(
+            pool.uses % self.num_uses == 0, lambda pool: self.draw(pool_keys, replicates), lambda pool: pool, pool
+        )
+        losses = jax.vmap(self.of_replicate)(keys, replicates, pool.x, pool.seen)
+        return jnp.sum(losses), pool._replace(uses=pool.uses + 1)
+
+    def draw(self, keys: Array, replicates: Any) -> Pool:
+        """A pool that nothing has used."""
+
+        def one(key: Array, of_model: Any) -> Any:
             with handlers.block():
-                return handlers.seed(model, key)(None, lax.stop_gradient(of_model))
+                return handlers.seed(self.model, key)(None, of_model)
 
-        x, y = lax.stop_gradient(jax.vmap(simulate)(random.split(simulate_key, num_series)))
+        def of_replicate(key: Array, replicate: Any) -> Any:
+            of_model = self.fixed if self.fixed is not None else {"current": replicate["current"]}
+            return jax.vmap(one, (0, None))(random.split(key, self.num_series), of_model)
 
-        def logits(key: Array, positive: Array, negative: Array, y: Array) -> Any:
+        x, y = lax.stop_gradient(jax.vmap(of_replicate)(keys, replicates))
+        return Pool(x, y[:, :, :: self.subsample], jnp.zeros((), jnp.int32))
+
+    def of_replicate(self, rng_key: Array, params: Any, x: Array, seen: Array) -> Array:
+        """The loss of one replicate, of a pool ``x`` and ``seen``."""
+
+        def logits(key: Array, positive: Array, negative: Array, seen: Array) -> Any:
+            times = random.randint(key, (self.num_times,), 0, self.last)
             with handlers.block(), handlers.substitute(data=params):
-                inputs, log_twist = build_twist(y[::subsample])
-            times = random.randint(key, (num_times,), 0, last)
-            return [jax.vmap(log_twist)(path[times], inputs[times]) for path in (positive, negative)]
+                inputs, log_twist = self.build_twist(seen, times)
+            return [jax.vmap(log_twist)(path[times], inputs) for path in (positive, negative)]
 
-        keys = random.split(time_key, num_series)
-        positive, negative = jax.vmap(logits)(keys, x, jnp.roll(x, 1, 0), y)
+        series_key, time_key = random.split(rng_key)
+        series = random.permutation(series_key, self.num_series)[: self.size]
+        others = jnp.roll(series, 1)
+        positive, negative = jax.vmap(logits)(random.split(time_key, self.size), x[series], x[others], seen[series])
         return jnp.mean(jax.nn.softplus(-positive) + jax.nn.softplus(negative))
-
-    return ratio_loss
 
 
 def make_data(seed: int, num_series: int, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -140,21 +180,19 @@ def build(method: str, options: argparse.Namespace, seed: int, fixed: Any = None
 
     :param fixed: the ``params`` that the loss will be called with.
     """
-    proposal, twisted = METHODS[method]
+    proposal, twisted, hold_prior = METHODS[method]
     model = hh.make_model(**settings)
-    of_guide = {name: value for name, value in settings.items() if name != "noise"}
-    guide: Any = bootstrap(model)
-    if proposal != "bootstrap" or twisted:
-        guide = guides.make_guide(
-            proposal,
-            "learned" if twisted else "none",
-            random.key(1000 + seed),
-            residual=options.residual,
-            init_log_scale=options.init_log_scale,
-            width=options.mlp_size,
-            hidden_size=options.rnn_size,
-            **of_guide,
-        )
+    guide = guides.make_guide(
+        proposal,
+        "learned" if twisted else "none",
+        random.key(1000 + seed),
+        residual=options.residual,
+        hold_prior=hold_prior,
+        init_log_scale=options.init_log_scale,
+        width=options.mlp_size,
+        hidden_size=options.rnn_size,
+        **{name: value for name, value in settings.items() if name != "noise"},
+    )
     rate = schedule(options.lr, options.final_lr, options.milestones, options.num_train_steps)
     of_current = optax.chain(optax.clip(options.clip), optax.adam(rate))
     optim: Any = optax.multi_transform(
@@ -166,8 +204,17 @@ def build(method: str, options: argparse.Namespace, seed: int, fixed: Any = None
     num_steps, subsample = settings.get("num_steps", hh.NUM_STEPS), settings.get("subsample", hh.SUBSAMPLE)
     compartments = settings.get("num_compartments", 1)
     twist = guides.learned_twist(random.key(0), num_steps, compartments, subsample, options.mlp_size, options.rnn_size)
-    last = (num_steps - 1) // subsample * subsample
-    ratio_loss = make_ratio_loss(model, twist, options.tilt_batch_size, options.num_tilt_times, last, subsample, fixed)
+    ratio_loss = RatioLoss(
+        model,
+        twist,
+        num_series=options.num_tilt_series,
+        num_uses=options.num_tilt_uses,
+        size=options.tilt_batch_size,
+        num_times=options.num_tilt_times,
+        last=(num_steps - 1) // subsample * subsample,
+        subsample=subsample,
+        fixed=fixed,
+    )
     twist_rate = schedule(options.tilt_lr, options.final_tilt_lr, options.tilt_milestones, twist_steps(options))
     turns = {"num_steps": options.inner_steps[0], "num_twist_steps": options.inner_steps[1]}
     optim = alternating(optim, optax.adam(twist_rate), **turns)
@@ -203,7 +250,10 @@ def start(svi: SVI, rng_key: Array, y: Array, currents: list[float] | None, fixe
     stacked = jax.tree.map(lambda value: jnp.repeat(value[None], size, 0), params)
     if currents is not None:
         stacked["current"] = jnp.asarray(currents, jnp.float32)
-    return SVIState(svi.optim.init(stacked), None, key)
+    ratio_loss = svi.loss.ratio_loss
+    pool_key, key = random.split(key)
+    pool = None if ratio_loss is None else {"pool": ratio_loss.draw(random.split(pool_key, size), stacked)}
+    return SVIState(svi.optim.init(stacked), pool, key)
 
 
 def train(

@@ -63,9 +63,11 @@ def make_guide(
 
     :param proposal: ``"bootstrap"`` proposes from the model, ``"filtering"`` and ``"smoothing"`` by
         :func:`network_proposal`.
+    :param hold_prior: the bound sends no gradient to the model through the proposal: the current then learns from
+        transition densities of given paths, and not through chains of 2,000 states, whose gradient is far noisier.
     :param twist: ``"learned"`` states :func:`learned_twist` as ``"r"``.
     :param rng_key: key of the initial networks; without any it is not needed.
-    :param residual, hold_prior, init_log_scale: see :func:`network_proposal`.
+    :param residual, init_log_scale: see :func:`network_proposal`.
     :param width, hidden_size: units of each layer, and of each recurrent network.
     """
     if proposal not in ("bootstrap", "filtering", "smoothing"):
@@ -76,38 +78,42 @@ def make_guide(
         raise ValueError("hodgkin_huxley: a guide with networks builds them here; pass rng_key.")
     keys = jax.random.split(jax.random.key(0) if rng_key is None else rng_key)
     sizes = (num_steps, num_compartments, subsample, width, hidden_size)
+    times = jnp.arange(num_steps)
     build_proposal, build_twist = model_proposal, no_twist
     if proposal != "bootstrap":
         is_smoothing = proposal == "smoothing"
-        build_proposal = network_proposal(keys[0], *sizes, is_smoothing, residual, hold_prior, init_log_scale)
+        build_proposal = network_proposal(keys[0], *sizes, is_smoothing, residual, init_log_scale)
     if twist == "learned":
         build_twist = learned_twist(keys[1], *sizes)
-    observed = jnp.arange(num_steps) % subsample == 0
+    observed = times % subsample == 0
 
     def guide(y: ArrayLike, params: hh.Params | None = None) -> None:
         current = hh.declare_current(params, init_current)
         dynamics = hh.Dynamics(current, num_compartments, dt, integrator)
         seen = hh.blank(y, observed, num_compartments)[::subsample]
-        proposal_inputs, propose = build_proposal(seen)
-        twist_inputs, log_twist = build_twist(seen)
+        proposal_inputs, propose = build_proposal(seen, times)
+        twist_inputs, log_twist = build_twist(seen, times)
 
         def step(x: Array, inputs: tuple[Array, Any, Any]) -> tuple[Array, None]:
             t, proposal_t, twist_t = inputs
-            x = numpyro.sample("x", dist.Normal(*propose(*dynamics.transition(t, x), x, proposal_t)).to_event(1))
+            prior = dynamics.transition(t, x)
+            if hold_prior:
+                prior = lax.stop_gradient(prior)
+            x = numpyro.sample("x", dist.Normal(*propose(*prior, x, proposal_t)).to_event(1))
             if log_twist is not None:
                 numpyro_smc.twist("r", log_twist(x, twist_t))
             return x, None
 
-        scan(step, hh.start(num_compartments)[0], (jnp.arange(num_steps), proposal_inputs, twist_inputs))
+        scan(step, hh.start(num_compartments)[0], (times, proposal_inputs, twist_inputs))
 
     return guide
 
 
-# A proposal builder takes the observations [K, C] and returns inputs with a leading time axis, and a Propose. A twist
-# builder returns inputs, and log r(x, inputs of the step).
+# A builder takes the observations [K, C] and steps [S] and returns the inputs of these steps, [S, ...], and a Propose;
+# that of a twist returns inputs, and log r(x, inputs of the step).
 
 
-def model_proposal(seen: Array) -> tuple[None, Propose]:
+def model_proposal(seen: Array, times: Array) -> tuple[None, Propose]:
     """Propose from the model's own transition."""
     return None, lambda loc, scale, x, inputs: (loc, scale)
 
@@ -121,14 +127,12 @@ def network_proposal(
     hidden_size: int,
     is_smoothing: bool,
     residual: Residual = "full",
-    hold_prior: bool = True,
     init_log_scale: float = 0.0,
-) -> Callable[[Array], tuple[Array, Propose]]:
+) -> Callable[[Array, Array], tuple[Array, Propose]]:
     r"""Propose by ``"proposal_mlp"`` of the state, of ``"proposal_rnn"`` forwards (and ``"proposal_backward_rnn"``).
 
     :param residual: the proposal is the network's :math:`\mathcal N(m, s^2)` (``"none"``), that with the prior's mean
         added to m (``"mean"``), or its product with the prior (``"full"``).
-    :param hold_prior: the bound sends no gradient to the model through the proposal.
     :param init_log_scale: added to :math:`\log s`. The published networks start at m and log s about 0, and at 3 the
         product starts at the prior.
     """
@@ -142,16 +146,13 @@ def network_proposal(
     feature_size = hidden_size * (2 if is_smoothing else 1)
     head = network(mlp_key, state_size + feature_size + encoding.shape[-1], width, 2 * state_size)
 
-    def build(seen: Array) -> tuple[Array, Propose]:
+    def build(seen: Array, times: Array) -> tuple[Array, Propose]:
         features = [hidden_states(eqx_module("proposal_rnn", forward_rnn), seen)]
         if is_smoothing:
             features.append(hidden_states(eqx_module("proposal_backward_rnn", backward_rnn), seen[::-1])[::-1])
-        context = spread(jnp.concatenate(features, -1), num_steps, subsample)
         mlp = eqx_module("proposal_mlp", head)
 
         def propose(loc: Array, scale: Array, x: Array, inputs: Array) -> tuple[Array, Array]:
-            if hold_prior:
-                loc, scale = lax.stop_gradient((loc, scale))
             own_loc, own_log_scale = jnp.split(rest_of(mlp, x, inputs), 2)
             own_scale = jnp.exp(own_log_scale + init_log_scale)
             if residual == "full":
@@ -159,19 +160,19 @@ def network_proposal(
                 return loc + (scale / total) ** 2 * (own_loc - loc), scale * own_scale / total
             return (own_loc + loc if residual == "mean" else own_loc), own_scale
 
-        return first_layer(mlp, jnp.concatenate([context, encoding], -1), state_size), propose
+        return first_layer(mlp, jnp.concatenate(features, -1), encoding, times, subsample), propose
 
     return build
 
 
-def no_twist(seen: Array) -> tuple[None, None]:
+def no_twist(seen: Array, times: Array) -> tuple[None, None]:
     """No statement at all."""
     return None, None
 
 
 def learned_twist(
     rng_key: Array, num_steps: int, num_compartments: int, subsample: int, width: int, hidden_size: int
-) -> Callable[[Array], tuple[Array, Callable[[Array, Array], Array]]]:
+) -> Callable[[Array, Array], tuple[Array, Callable[[Array, Array], Array]]]:
     """A network of the state and of the future: ``"twist_rnn"`` reads observations backwards, ``"twist_mlp"`` scores.
 
     The twist starts at 1.
@@ -184,10 +185,10 @@ def learned_twist(
     last = head.layers[-1]
     head = eqx.tree_at(lambda module: module.layers[-1].weight, head, jnp.zeros_like(last.weight))
 
-    def build(seen: Array) -> tuple[Array, Callable[[Array, Array], Array]]:
-        features = spread(lookahead_features(eqx_module("twist_rnn", rnn), seen), num_steps, subsample)
+    def build(seen: Array, times: Array) -> tuple[Array, Callable[[Array, Array], Array]]:
+        features = lookahead_features(eqx_module("twist_rnn", rnn), seen)
         mlp = eqx_module("twist_mlp", head)
-        inputs = first_layer(mlp, jnp.concatenate([features, encoding], -1), state_size)
+        inputs = first_layer(mlp, features, encoding, times, subsample)
         return inputs, lambda x, inputs: rest_of(mlp, x, inputs)[0]
 
     return build
@@ -203,10 +204,16 @@ def network(rng_key: Array, in_size: int, width: int, out_size: int) -> eqx.nn.M
     return xavier_uniform(init_key, module)
 
 
-def first_layer(mlp: eqx.nn.MLP, context: Array, state_size: int) -> Array:
-    """What the first layer makes of the inputs that follow the state, for all steps at once: ``[T, width]``."""
+def first_layer(mlp: eqx.nn.MLP, features: Array, encoding: Array, times: Array, subsample: int) -> Array:
+    """What the first layer makes of the inputs that follow the state, at each of ``times``: ``[S, width]``.
+
+    :param features: of each observation, for the steps from it to the next, ``[K, ...]``.
+    :param encoding: of each step, ``[T, ...]``.
+    """
     layer = mlp.layers[0]
-    return context @ layer.weight[:, state_size:].T + layer.bias
+    feature_size, encoding_size = features.shape[-1], encoding.shape[-1]
+    of_features, of_encoding = jnp.split(layer.weight[:, -feature_size - encoding_size :], [feature_size], 1)
+    return (features @ of_features.T)[times // subsample] + (encoding @ of_encoding.T + layer.bias)[times]
 
 
 def rest_of(mlp: eqx.nn.MLP, x: Array, inputs: Array) -> Array:
@@ -226,11 +233,6 @@ def hidden_states(cell: eqx.nn.LSTMCell, seen: Array) -> Array:
 
     zeros = jnp.zeros(cell.hidden_size)
     return lax.scan(step, (zeros, zeros), seen)[1]
-
-
-def spread(features: Array, num_steps: int, subsample: int) -> Array:
-    """Features of observations, repeated over the steps from each one to the next: ``[T, ...]``."""
-    return jnp.repeat(features, subsample, 0)[:num_steps]
 
 
 def countdown(num_steps: int, period: int, num_frequencies: int, base: float) -> Array:

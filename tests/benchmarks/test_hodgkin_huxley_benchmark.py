@@ -1,6 +1,7 @@
 """The Hodgkin-Huxley benchmark: replicates trained side by side, its density-ratio loss, what it writes and resumes."""
 
 import csv
+import itertools
 import json
 
 import jax
@@ -22,7 +23,7 @@ ARGUMENTS = ["--num_steps", "101", "--num_train_steps", "4", "--inner_steps", "2
 ARGUMENTS += ["--num_test", "3", "--mlp_size", "4", "--rnn_size", "4", "--tilt_batch_size", "3"]
 ARGUMENTS += ["--num_tilt_times", "5", "--num_eval_particles", "8", "--num_eval_keys", "2", "--num_truth_keys", "2"]
 ARGUMENTS += ["--num_curve_points", "2", "--particles", "4", "--num_inference_keys", "1", "--num_paths", "20"]
-ARGUMENTS += ["--no-progress"]
+ARGUMENTS += ["--num_tilt_series", "4", "--num_tilt_uses", "2", "--batch_size", "2", "--no-progress"]
 
 
 def test_replicates_are_trained_by_their_own_losses_only():
@@ -52,10 +53,16 @@ def test_density_ratio_loss_at_random_steps_has_the_mean_of_sixo_s():
     params = jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32), params)
     params["current"] = jnp.asarray(13.0)
     build = guides.learned_twist(random.key(0), 9, 1, 3, 6, 4)
-    at_random = training.make_ratio_loss(model, build, 6, 4, 6, 3)
+    at_random = training.RatioLoss(model, build, num_series=8, num_uses=1, size=6, num_times=4, last=6, subsample=3)
     at_all = SIXO(2, twist_batch_size=6)
     keys = random.split(random.key(1), 400)
-    ours = jax.jit(jax.vmap(lambda key: at_random(key, params)))(keys)
+
+    def one(key):
+        key, pool_key = random.split(key)
+        x, seen, _ = at_random.draw(pool_key[None], jax.tree.map(lambda leaf: leaf[None], params))
+        return at_random.of_replicate(key, params, x[0], seen[0])
+
+    ours = jax.jit(jax.vmap(one))(keys)
     theirs = jax.jit(jax.vmap(lambda key: at_all.twist_loss(key, params, model, guide, y)))(keys)
     error = np.sqrt((np.var(ours, ddof=1) + np.var(theirs, ddof=1)) / 400)
     assert abs(np.mean(ours) - 2 * np.log(2)) > 10 * error  # the networks say something
@@ -65,9 +72,32 @@ def test_density_ratio_loss_at_random_steps_has_the_mean_of_sixo_s():
 def test_negatives_belong_to_other_observations_than_their_own():
     # A classifier that compares the potential with the observation: 2 log 2 for pairs that belong together twice
     model = hh.make_model(**SETTINGS)
-    compare = lambda seen: (jnp.repeat(seen, 3, 0)[:9], lambda x, y: 2.0 - (x[0] - y[0]) ** 2)  # noqa: E731
-    loss = training.make_ratio_loss(model, compare, 50, 20, 6, 3, {"current": 13.0})
-    assert float(loss(random.key(0), {})) < 1.0
+    compare = lambda seen, times: (seen[times // 3], lambda x, y: 2.0 - (x[0] - y[0]) ** 2)  # noqa: E731
+    loss = training.RatioLoss(model, compare, 60, 1, 50, 20, 6, 3, {"current": 13.0})
+    x, seen, _ = loss.draw(random.split(random.key(1), 1), {"current": jnp.zeros(1)})
+    assert float(loss.of_replicate(random.key(0), {}, x[0], seen[0])) < 1.0
+
+
+def test_pool_serves_some_steps_and_is_thrown_away_by_steps_of_the_model():
+    model = hh.make_model(**SETTINGS)
+    twist = lambda seen, times: (seen[times // 3], lambda x, y: x[0] * y[0])  # noqa: E731
+    ratio_loss = training.RatioLoss(model, twist, 3, 2, 2, 4, 6, 3)
+    replicates = {"current": jnp.array([13.0, 20.0])}
+    keys = random.split(random.key(0), 2)
+    pools = [ratio_loss.draw(keys, replicates)]
+    for seed in range(4):
+        loss, pool = ratio_loss(random.split(random.key(1 + seed), 2), replicates, pools[-1])
+        assert np.isfinite(loss)
+        pools.append(pool)
+    drawn = [not np.array_equal(one.x, other.x) for one, other in itertools.pairwise(pools)]
+    assert drawn == [True, False, True, False] and [int(pool.uses) for pool in pools] == [0, 1, 2, 1, 2]
+    assert not np.array_equal(pools[1].x[0], pools[1].x[1])
+    batches = training.Batches(FIVO(2), 2, ratio_loss)
+    data = jnp.asarray(training.make_data(0, 3, **SETTINGS)[1])
+    found = batches.loss_with_mutable_state(
+        random.key(5), replicates | {"pool": pools[-1]}, model, bootstrap(model), data
+    )
+    assert int(found["mutable_state"]["pool"].uses) == 0
 
 
 def test_twist_and_the_rest_are_held_in_turn():
