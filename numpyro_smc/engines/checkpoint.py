@@ -21,7 +21,10 @@ from numpyro.infer.svi import SVIState
 
 from numpyro_smc.programs.compiled import is_array
 
-__all__ = ["AnyLength", "Progress", "check_folder", "identity_of", "load_pytree", "replacing", "save_pytree"]
+__all__ = [
+    *("AnyLength", "Progress", "as_text", "check_folder", "identity_of"),
+    *("load_pytree", "load_run", "replacing", "save_pytree", "save_run"),
+]
 
 
 @contextlib.contextmanager
@@ -126,6 +129,36 @@ def load_pytree(path: str | os.PathLike, like: Any) -> Any:
     return jax.tree.unflatten(treedef, [_restored_form(stored[name], leaf) for name, leaf in expected.items()])
 
 
+def save_run(path: str | os.PathLike, settings: str, contents: dict[str, Any]) -> None:
+    """:func:`save_pytree` with the settings of what ran."""
+    save_pytree(path, {**contents, "settings": as_text(settings)})
+
+
+def load_run(path: str | os.PathLike, settings: str, like: dict[str, Any], user: str, advice: str) -> dict[str, Any]:
+    """Read a file of :func:`save_run`.
+
+    :param like: the contents to expect, as for :func:`load_pytree`.
+    :param advice: the end of each message.
+    :raises ValueError: if it is no such file, of other contents, or of other settings.
+    """
+    try:
+        contents = load_pytree(path, {**like, "settings": AnyLength("uint8")})
+    except ValueError as error:
+        raise ValueError(f"{user}: checkpoint {error} {advice}") from error
+    found = contents["settings"].tobytes().decode()
+    if found != settings:
+        raise ValueError(
+            f"{user}: checkpoint '{os.fspath(path)}' is of another sampler.\n  found    {found}\n"
+            f"  expected {settings}\n{advice}"
+        )
+    return contents
+
+
+def as_text(text: str) -> np.ndarray:
+    """A text as a vector to store."""
+    return np.frombuffer(text.encode(), np.uint8)
+
+
 @dataclass(frozen=True)
 class Progress:
     """A training run so far: everything a restart needs. Immutable, so that Ctrl-C finds all or nothing of a step.
@@ -148,8 +181,7 @@ class Progress:
         return len(self.losses)
 
     def save(self, path: str | os.PathLike) -> None:
-        text = np.frombuffer(json.dumps(self.evaluations).encode(), np.uint8)
-        save_pytree(path, {**vars(self), "evaluations": text})
+        save_pytree(path, {**vars(self), "evaluations": as_text(json.dumps(self.evaluations))})
 
     def load(self, path: str | os.PathLike) -> Progress:
         """The run saved in ``path``, by the same training as this one."""

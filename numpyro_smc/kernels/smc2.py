@@ -24,13 +24,10 @@ from numpyro_smc.kernels.smc2_checks import (
 from numpyro_smc.kernels.smc2_progress import Progress, StepReport, load_progress, show
 from numpyro_smc.kernels.smc2_result import SMC2Result
 from numpyro_smc.kernels.smc2_stages import Filters, Moves, SMC2State, advance_all, exchange, rejuvenate, start
-from numpyro_smc.programs.bootstrap import Bootstrap
 from numpyro_smc.programs.compiled import Compiled
-from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme, resolve
 from numpyro_smc.programs.sequence import Program
-from numpyro_smc.programs.unconstrained import FreeOfImproper
 
 _GROWTH = 16
 
@@ -305,13 +302,7 @@ class SMC2:
     # ---- compiled ---------------------------------------------------------------------------------------------------
 
     def _read_length(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Array:
-        filters = Filters(self._likelihood, args, kwargs)
-        filters.latents()
-        model, params = self._likelihood.model, self._likelihood.params
-        sequence = read_sequence(
-            random.key(0), FreeOfImproper(model), Bootstrap(model), params, args, kwargs, user="SMC2"
-        )
-        return jnp.asarray(sequence.length)
+        return jnp.asarray(Filters(self._likelihood, args, kwargs).latents().length)
 
     def _start_run(self, rng_key: Array, num_states: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SMC2State:
         filters = Filters(self._likelihood, args, kwargs)

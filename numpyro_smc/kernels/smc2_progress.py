@@ -13,7 +13,7 @@ from jax import Array, random
 from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
-from numpyro_smc.engines.checkpoint import AnyLength, load_pytree, save_pytree
+from numpyro_smc.engines.checkpoint import AnyLength, as_text, load_run, save_run
 from numpyro_smc.kernels.smc2_stages import SMC2State
 
 #: Levels of the quantiles of parameters that are recorded at every step.
@@ -86,15 +86,14 @@ class Progress:
 
     def save(self, path: str | os.PathLike, settings: str) -> None:
         contents = {
-            "settings": _text(settings),
-            "key kind": _text(str(random.key_impl(self.rng_key))),
+            "key kind": as_text(str(random.key_impl(self.rng_key))),
             "key": random.key_data(self.rng_key).ravel(),
             "num_state_particles": self.num_state_particles,
             "num_steps": self.num_steps,
             "history": np.ravel(self.history),
             "state": [np.ravel(leaf) for leaf in jax.tree.leaves(self.state)],
         }
-        save_pytree(path, contents)
+        save_run(path, settings, contents)
 
 
 def load_progress(path: str | os.PathLike, settings: str, outline: Any, user: str) -> Progress:
@@ -105,7 +104,6 @@ def load_progress(path: str | os.PathLike, settings: str, outline: Any, user: st
     """
     advice = "Pass the sampler and the model's arguments that wrote it, or another file."
     like = {
-        "settings": AnyLength("uint8"),
         "key kind": AnyLength("uint8"),
         "key": AnyLength("uint32"),
         "num_state_particles": 0,
@@ -113,16 +111,7 @@ def load_progress(path: str | os.PathLike, settings: str, outline: Any, user: st
         "history": AnyLength("float64"),
         "state": [AnyLength(leaf.dtype) for leaf in jax.tree.leaves(outline(1))],
     }
-    try:
-        contents = load_pytree(path, like)
-    except ValueError as error:
-        raise ValueError(f"{user}: checkpoint {error} {advice}") from error
-    found = contents["settings"].tobytes().decode()
-    if found != settings:
-        raise ValueError(
-            f"{user}: checkpoint '{os.fspath(path)}' is of another sampler.\n  found    {found}\n"
-            f"  expected {settings}\n{advice}"
-        )
+    contents = load_run(path, settings, like, user, advice)
     leaves, treedef = jax.tree.flatten(outline(contents["num_state_particles"]))
     for value, leaf in zip(contents["state"], leaves, strict=True):
         if value.size != leaf.size:
@@ -200,7 +189,3 @@ def _raveled(state: SMC2State) -> Array:
 
 def _blank(shapes: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def _text(text: str) -> np.ndarray:
-    return np.frombuffer(text.encode(), np.uint8)

@@ -43,7 +43,7 @@ class GlobalLatents:
     :param params: values of ``param`` sites, and of latents to condition on, which are then not among the global ones.
     :param names: only these of the global latents, whose supports and priors must not depend on the others.
     :param user: who asks, for error messages.
-    :ivar names: the names of the sites, sorted.
+    :ivar names: the names of the sites, sorted. **length** - of the scan.
     :raises ValueError: if there are none; naming the site, for discrete ones; naming the plate, if it is subsampled;
         and for programs that cannot be filtered.
     """
@@ -64,6 +64,7 @@ class GlobalLatents:
         free = FreeOfImproper(model)
         key = random.key(0)
         sequence = read_sequence(key, free, Bootstrap(model), self.params, args, kwargs or {}, user=user)
+        self.length = sequence.length
         self._sites = sequence.model.prefix
         found = tuple(sorted(sequence.global_values.keys() - self.params.keys()))
         self.names = found if names is None else names
@@ -77,8 +78,9 @@ class GlobalLatents:
         for name in self.names:
             if is_improper(self._sites[name]):
                 raise ValueError(
-                    f"{self.user}: the prior of site '{name}' is improper (ImproperUniform, or masked), so no start "
-                    f"can be drawn from it. Give a start (init_params, unconstrained), or a proper prior."
+                    f"{self.user}: the prior of site '{name}' is improper (ImproperUniform, or masked), so no value "
+                    f"can be drawn from it. Give it a proper prior; a kernel of MCMC also takes a start (init_params, "
+                    f"unconstrained)."
                 )
         return self._to_reals(run_prefix(self._program, CloudDraws(rng_key))[0])
 

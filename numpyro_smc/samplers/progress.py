@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from numpyro_smc.engines.checkpoint import AnyLength, load_pytree, save_pytree
+from numpyro_smc.engines.checkpoint import AnyLength, load_run, save_run
 from numpyro_smc.samplers.tempering import StageReport
 
 BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
@@ -46,28 +46,17 @@ class Progress:
     def save(self, path: str | os.PathLike, settings: str) -> None:
         leaves = jax.tree.leaves(self.state)
         stored = [np.ravel(leaf) if _has_length(leaf) else leaf for leaf in leaves]
-        text = np.frombuffer(settings.encode(), np.uint8)
-        save_pytree(path, {"settings": text, "history": np.ravel(self.history), "state": stored})
+        save_run(path, settings, {"history": np.ravel(self.history), "state": stored})
 
     def load(self, path: str | os.PathLike, settings: str) -> Progress:
         """The run saved in ``path``, by the same sampler as this one."""
         leaves, treedef = jax.tree.flatten(self.state)
         like = {
-            "settings": AnyLength("uint8"),
             "history": AnyLength(self.history.dtype),
             "state": [AnyLength(leaf.dtype) if _has_length(leaf) else leaf for leaf in leaves],
         }
         advice = "Pass the sampler that wrote it, another file, or resume=False to overwrite it."
-        try:
-            contents = load_pytree(path, like)
-        except ValueError as error:
-            raise ValueError(f"SMCSampler: checkpoint {error} {advice}") from error
-        found = contents["settings"].tobytes().decode()
-        if found != settings:
-            raise ValueError(
-                f"SMCSampler: checkpoint '{os.fspath(path)}' is of another sampler.\n  found    {found}\n"
-                f"  expected {settings}\n{advice}"
-            )
+        contents = load_run(path, settings, like, "SMCSampler", advice)
         # The first axis of a pool grows with the run.
         restored = [
             jax.numpy.asarray(value.reshape(-1, *leaf.shape[1:])) if _has_length(leaf) else value

@@ -13,7 +13,7 @@ import pytest
 
 from numpyro_smc.programs.resample import build, replace_dead
 from numpyro_smc.programs.resampling import available, multinomial, register, registry, resolve, systematic
-from numpyro_smc.programs.resampling.inverse_cdf import scaled_weights, search
+from numpyro_smc.programs.resampling.inverse_cdf import draw_one, scaled_weights, search
 from numpyro_smc.programs.resampling.registry import Scheme
 
 SCHEMES = ("killing", "multinomial", "residual", "ssp", "stratified", "systematic")
@@ -244,6 +244,22 @@ def test_offspring_counts_are_unbiased(name, num_samples):
     counts = small_cloud_offspring(name, num_samples)  # false alarms: 7 cells in each of 11 cases, 4e-5 in all
     standard_errors = counts.std(axis=0, ddof=1) / np.sqrt(len(counts))
     assert np.all(np.abs(counts.mean(axis=0) - num_samples * SMALL_CLOUD) <= 5 * standard_errors + 1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 50])
+def test_one_drawn_in_two_stages_follows_the_weights(size):
+    # 20,000 draws: every frequency within 5 standard errors; nothing dead is drawn, the padding neither
+    log_weights = 2.0 * jax.random.normal(jax.random.key(size), (size,))
+    log_weights = log_weights.at[1::3].set(-jnp.inf) + 300.0
+    drawn = jax.jit(jax.vmap(lambda key: draw_one(key, log_weights)))(jax.random.split(jax.random.key(1), 20000))
+    expected = np.asarray(jax.nn.softmax(log_weights))
+    found = np.bincount(drawn, minlength=size) / 20000
+    assert found.shape == (size,) and not found[expected == 0].any()
+    assert np.all(np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / 20000) + 1e-9)
+
+
+def test_one_drawn_of_none_alive_is_the_first():
+    assert int(draw_one(jax.random.key(0), jnp.full(7, -jnp.inf))) == 0
 
 
 def test_killing_refuses_another_number_of_samples():

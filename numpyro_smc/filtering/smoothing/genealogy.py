@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
 
+from numpyro_smc.programs.resampling.inverse_cdf import draw_one
 from numpyro_smc.programs.resampling.multinomial import multinomial
 
 
@@ -47,12 +48,17 @@ def follow(history: Any, first: Array, path: Array) -> dict[str, Array]:
 
 def draw_final(rng_key: Array, log_weights: Array, num_samples: int) -> Array:
     """Indices of particles drawn independently by their weights, ``[num_samples, *batch]``."""
-    if log_weights.ndim == 1:
+
+    def draw(rng_key: Array, log_weights: Array) -> Array:
+        if num_samples == 1:
+            return draw_one(rng_key, log_weights)[None]
         return multinomial(rng_key, log_weights, num_samples)
+
+    if log_weights.ndim == 1:
+        return draw(rng_key, log_weights)
     flat = log_weights.reshape(log_weights.shape[0], -1)
     keys = random.split(rng_key, flat.shape[1])
-    drawn = jax.vmap(lambda key, column: multinomial(key, column, num_samples), (0, 1), 1)(keys, flat)
-    return drawn.reshape(num_samples, *log_weights.shape[1:])
+    return jax.vmap(draw, (0, 1), 1)(keys, flat).reshape(num_samples, *log_weights.shape[1:])
 
 
 def take(leaf: Array, index: Array, rank: int) -> Array:

