@@ -28,13 +28,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from benchmarks.one_core import use_one_core
+
 if __name__ == "__main__":
-    # Before jax reads the flags and sizes its thread pools: idle threads cost CPU time as well.
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-    ).strip()
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    use_one_core()
 
 import blackjax
 import jax
