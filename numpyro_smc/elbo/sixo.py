@@ -42,6 +42,11 @@ class SIXO(FIVO):
     Under plain optimisers both groups move at every step. With :func:`~numpyro_smc.alternating` they take turns with
     their own optimisers and numbers of steps, and each step computes only its own group's gradient.
 
+    Parameters that model and proposal share, learned on long or chaotic series: hold them in the proposal
+    (``jax.lax.stop_gradient`` of its location and scale). The gradient is then of transition densities along given
+    paths, not through chains of reparameterised draws, and under the lookahead twist it tends to
+    :math:`\nabla \log p(y)` as N grows. Without a twist it does not.
+
     Value: minus an unbiased estimate of the bound, in every mode. Gradient: as :class:`FIVO` for the bound; unbiased
     for the density-ratio loss. Cost: as FIVO, and with ``"dre"`` O(MT) for ``twist_batch_size`` M.
 
