@@ -123,9 +123,13 @@ def without_reset(*args, build=conditional_smc.build, **kwargs):
     return unreset
 
 
-def without_density(rng_key, sequence, t, x, cloud, log_weights, future):
+def without_density(sequence):
     """Ancestor sampling by the weights alone."""
-    return random.categorical(rng_key, log_weights, axis=0).astype(jnp.int32)
+
+    def pivots(rng_key, t, inputs, state):
+        return random.categorical(rng_key, state.log_weights, axis=0).astype(jnp.int32)
+
+    return pivots
 
 
 slow = pytest.mark.slow
@@ -133,8 +137,8 @@ MUTANTS = [
     pytest.param("run", without_pivot, LINEAGES, id="missing pivot"),
     pytest.param("build", without_reset, LINEAGES, id="weights that are not reset", marks=slow),
     pytest.param("pin", lambda sequence, path: None, LINEAGES, id="reference that is not pinned", marks=slow),
-    pytest.param("choose_ancestor", without_density, {}, id="ancestors without density", marks=slow),
-    pytest.param("choose_ancestor", without_density, {"resample": "ess"}, id="the same, ess", marks=slow),
+    pytest.param("ancestor_pivots", without_density, {}, id="ancestors without density", marks=slow),
+    pytest.param("ancestor_pivots", without_density, {"resample": "ess"}, id="the same, ess", marks=slow),
 ]
 
 
