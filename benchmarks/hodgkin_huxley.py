@@ -120,6 +120,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if unknown := set(options.inference_methods) - set(METHODS):
         parser.error(f"--inference_methods: there is no {sorted(unknown)[0]!r}; choose from {', '.join(METHODS)}")
+    if options.tilt_batch_size > options.num_tilt_series:
+        parser.error(f"--tilt_batch_size: there are only {options.num_tilt_series} series (--num_tilt_series)")
     return options
 
 

@@ -13,6 +13,7 @@ from jax import random
 from numpyro.infer import SVI
 
 from benchmarks import hodgkin_huxley
+from benchmarks import hodgkin_huxley_losses as losses
 from benchmarks import hodgkin_huxley_training as training
 from models import hodgkin_huxley as hh
 from models import hodgkin_huxley_guides as guides
@@ -29,7 +30,7 @@ ARGUMENTS += ["--num_tilt_series", "4", "--num_tilt_uses", "2", "--batch_size", 
 def test_replicates_are_trained_by_their_own_losses_only():
     model = hh.make_model(**SETTINGS)
     data = jnp.asarray(training.make_data(0, 3, **SETTINGS)[1])
-    loss = training.Batches(FIVO(3), 2)
+    loss = losses.Batches(FIVO(3), 2)
 
     @jax.jit
     def total(currents):
@@ -53,7 +54,7 @@ def test_density_ratio_loss_at_random_steps_has_the_mean_of_sixo_s():
     params = jax.tree.map(lambda leaf: leaf + 0.2 * rng.normal(size=leaf.shape).astype(np.float32), params)
     params["current"] = jnp.asarray(13.0)
     build = guides.learned_twist(random.key(0), 9, 1, 3, 6, 4)
-    at_random = training.RatioLoss(model, build, num_series=8, num_uses=1, size=6, num_times=4, last=6, subsample=3)
+    at_random = losses.RatioLoss(model, build, num_series=8, num_uses=1, size=6, num_times=4, last=6, subsample=3)
     at_all = SIXO(2, twist_batch_size=6)
     keys = random.split(random.key(1), 400)
 
@@ -73,7 +74,7 @@ def test_negatives_belong_to_other_observations_than_their_own():
     # A classifier that compares the potential with the observation: 2 log 2 for pairs that belong together twice
     model = hh.make_model(**SETTINGS)
     compare = lambda seen, times: (seen[times // 3], lambda x, y: 2.0 - (x[0] - y[0]) ** 2)  # noqa: E731
-    loss = training.RatioLoss(model, compare, 60, 1, 50, 20, 6, 3, {"current": 13.0})
+    loss = losses.RatioLoss(model, compare, 60, 1, 50, 20, 6, 3, {"current": 13.0})
     x, seen, _ = loss.draw(random.split(random.key(1), 1), {"current": jnp.zeros(1)})
     assert float(loss.of_replicate(random.key(0), {}, x[0], seen[0])) < 1.0
 
@@ -81,7 +82,7 @@ def test_negatives_belong_to_other_observations_than_their_own():
 def test_pool_serves_some_steps_and_is_thrown_away_by_steps_of_the_model():
     model = hh.make_model(**SETTINGS)
     twist = lambda seen, times: (seen[times // 3], lambda x, y: x[0] * y[0])  # noqa: E731
-    ratio_loss = training.RatioLoss(model, twist, 3, 2, 2, 4, 6, 3)
+    ratio_loss = losses.RatioLoss(model, twist, 3, 2, 2, 4, 6, 3)
     replicates = {"current": jnp.array([13.0, 20.0])}
     keys = random.split(random.key(0), 2)
     pools = [ratio_loss.draw(keys, replicates)]
@@ -92,7 +93,7 @@ def test_pool_serves_some_steps_and_is_thrown_away_by_steps_of_the_model():
     drawn = [not np.array_equal(one.x, other.x) for one, other in itertools.pairwise(pools)]
     assert drawn == [True, False, True, False] and [int(pool.uses) for pool in pools] == [0, 1, 2, 1, 2]
     assert not np.array_equal(pools[1].x[0], pools[1].x[1])
-    batches = training.Batches(FIVO(2), 2, ratio_loss)
+    batches = losses.Batches(FIVO(2), 2, ratio_loss)
     data = jnp.asarray(training.make_data(0, 3, **SETTINGS)[1])
     found = batches.loss_with_mutable_state(
         random.key(5), replicates | {"pool": pools[-1]}, model, bootstrap(model), data
@@ -103,7 +104,7 @@ def test_pool_serves_some_steps_and_is_thrown_away_by_steps_of_the_model():
 def test_twist_and_the_rest_are_held_in_turn():
     params = {"current": 1.0, "twist_mlp": 2.0, "proposal_mlp": 3.0}
     for of_twist, moving in ((True, {"current", "proposal_mlp"}), (False, {"twist_mlp"})):
-        slopes = jax.grad(lambda p, of_twist=of_twist: sum(training.hold(p, of_twist).values()))(params)
+        slopes = jax.grad(lambda p, of_twist=of_twist: sum(losses.hold(p, of_twist).values()))(params)
         assert {name for name, slope in slopes.items() if slope != 0} == moving
 
 
@@ -122,10 +123,13 @@ def test_summary_tells_means_from_medians():
     assert found["log-mean-exp"] == pytest.approx(expected)
 
 
-def test_unknown_method_of_inference_is_refused(capsys):
+def test_arguments_that_make_no_sense_are_refused(capsys):
     with pytest.raises(SystemExit):
         hodgkin_huxley.parse_arguments(["--inference_methods", "iwae"])
     assert "there is no 'iwae'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        hodgkin_huxley.parse_arguments(["--tilt_batch_size", "65"])
+    assert "there are only 64 series" in capsys.readouterr().err
 
 
 @pytest.mark.slow
