@@ -1,5 +1,7 @@
 """The transforms: log-determinants against autodiff, inverses, extremes, batches, and what they refuse."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -89,7 +91,8 @@ def test_log_determinant_and_inverse_are_those_of_automatic_differentiation(name
         transform = TRANSFORMS[name]()
         x = normal(0, NUM_ROWS, SIZE)
 
-        @jax.jit
+        # Without fused products float32 loses more than the tolerance in the inverse.
+        @partial(jax.jit, compiler_options={"xla_backend_optimization_level": 1})
         def everything(x):
             y, intermediates = transform.call_with_intermediates(x)
             return {
