@@ -1,16 +1,18 @@
 """Shared set-up: a persistent compilation cache (compiling dominates the run), two devices, no display."""
 
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 # Two devices, so that sharded data can be tested; everything else runs on the first. Programs of tests are compiled
-# once and run briefly: without optimisation, by XLA's older code generator, all take less than half the time. An unknown
-# flag ends the process, so those that may go are given to versions that have them.
+# once and run briefly, but for the slow ones: without optimisation and by the older code generator, all take half the
+# time. An unknown flag ends the process, so those that may go are given to versions that have them. Workers of
+# pytest-xdist take over what their parent chose.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    f"--xla_force_host_platform_device_count=2 --xla_backend_optimization_level={int('slow' in sys.argv)}"
     + " --xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
     * metadata.version("jaxlib").startswith("0.10."),
 )
