@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.one_core import use_one_core
+from benchmarks.one_core import conditions, use_one_core
 
 if __name__ == "__main__":
     all_cores = use_one_core()
@@ -654,11 +654,8 @@ def peak_rss() -> float:
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     clock_name = "CPU time of all threads" if on_cpu() else "wall time"
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown"
-    settings: dict[str, Any] = {"clock": clock_name, "usable cores": usable, "load": load}
-    settings |= {"XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), "resampling": "systematic, ESS < N/2"}
+    settings = conditions() | {"clock": clock_name, "resampling": "systematic, ESS < N/2"}
     return settings | {name: value for name, value in vars(options).items() if name != "peak_memory"}
 
 

@@ -1,6 +1,7 @@
 """One core and one thread for benchmarks of CPU time."""
 
 import os
+from typing import Any
 
 
 def use_one_core() -> set[int]:
@@ -17,3 +18,13 @@ def use_one_core() -> set[int]:
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
     return cores
+
+
+def conditions() -> dict[str, Any]:
+    """What a measurement of CPU time was made under, for its settings."""
+    return {
+        "clock": "CPU time of all threads",
+        "usable cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown",
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+    }

@@ -19,13 +19,12 @@ threads, single-threaded XLA, one pinned core. Columns:
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.one_core import use_one_core
+from benchmarks.one_core import conditions, use_one_core
 
 if __name__ == "__main__":
     use_one_core()
@@ -202,10 +201,7 @@ def identity(row: dict[str, Any]) -> tuple[str, str, int]:
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     options = parse_arguments(argv)
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown"
-    settings = {"clock": "CPU time of all threads", "usable cores": usable, "load": load}
-    settings |= {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")} | vars(options)
+    settings = conditions() | vars(options)
     report.print_environment(settings)
     parameters = linear_gaussian.ar1_parameters(*PARAMS.values(), 1.0)
     y = linear_gaussian.simulate(random.key(options.seed), parameters, options.num_steps)[1][:, 0]

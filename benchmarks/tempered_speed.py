@@ -22,13 +22,12 @@ Columns:
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from benchmarks.one_core import use_one_core
+from benchmarks.one_core import conditions, use_one_core
 
 if __name__ == "__main__":
     use_one_core()
@@ -315,11 +314,7 @@ def measure_decoder(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else "unknown"
-    settings = {"clock": "CPU time of all threads", "usable cores": usable, "load": load}
-    settings |= {"XLA_FLAGS": os.environ.get("XLA_FLAGS", ""), "blackjax": blackjax.__version__}
-    return settings | vars(options)
+    return conditions() | {"blackjax": blackjax.__version__} | vars(options)
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:

@@ -63,11 +63,11 @@ def make_guide(
 
     :param proposal: ``"bootstrap"`` proposes from the model, ``"filtering"`` and ``"smoothing"`` by
         :func:`network_proposal`.
-    :param hold_prior: the bound sends no gradient to the model through the proposal: the current then learns from
-        transition densities of given paths, and not through chains of 2,000 states, whose gradient is far noisier.
     :param twist: ``"learned"`` states :func:`learned_twist` as ``"r"``.
     :param rng_key: key of the initial networks; without any it is not needed.
     :param residual, init_log_scale: see :func:`network_proposal`.
+    :param hold_prior: the bound sends no gradient to the model through the proposal: the current then learns from
+        transition densities of given paths, and not through chains of 2,000 states, whose gradient is far noisier.
     :param width, hidden_size: units of each layer, and of each recurrent network.
     """
     if proposal not in ("bootstrap", "filtering", "smoothing"):

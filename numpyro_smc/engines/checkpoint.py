@@ -22,8 +22,16 @@ from numpyro.infer.svi import SVIState
 from numpyro_smc.programs.compiled import is_array
 
 __all__ = [
-    *("AnyLength", "Progress", "as_text", "check_folder", "identity_of"),
-    *("load_pytree", "load_run", "replacing", "save_pytree", "save_run"),
+    "AnyLength",
+    "Progress",
+    "as_text",
+    "check_folder",
+    "identity_of",
+    "load_pytree",
+    "load_run",
+    "replacing",
+    "save_pytree",
+    "save_run",
 ]
 
 

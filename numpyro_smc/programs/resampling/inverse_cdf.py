@@ -71,13 +71,13 @@ def search(weights: Array, positions: Array, span: int = 1) -> Array:
 def draw_one(rng_key: Array, log_weights: Array) -> Array:
     r"""One particle by its weight: a block of about :math:`\sqrt N` of them by the blocks' sums, then one in the block.
 
-    Cost: O(N) without a cumulative sum over all weights; on a CPU core a fifth of a search's.
+    Cost: O(N) without a cumulative sum over all weights; for N = 10,000 on a CPU core a third of a search's.
 
     :param log_weights: unnormalised, shape ``[N]``.
     :return: int32, a scalar; zero if every particle is dead.
     """
     weights = scaled_weights(log_weights)
-    size = math.isqrt(max(weights.shape[0] - 1, 0)) + 1
+    size = math.isqrt(weights.shape[0] - 1) + 1
     blocks = jnp.pad(weights, (0, -weights.shape[0] % size)).reshape(-1, size)
     uniforms = jax.random.uniform(rng_key, (2, 1), weights.dtype)
     block = search(blocks.sum(1), uniforms[0])[0]
@@ -112,7 +112,7 @@ def position_within(rng_key: Array, weights: Array, particle: int | Array, span:
 
 def pin(ancestors: Array, slot: Array, pivot_in: int | Array, pivot_out: int | Array) -> Array:
     """Gives ``slot`` the ancestor ``pivot_in``, then shifts all slots cyclically until ``slot`` is ``pivot_out``."""
-    # jnp.roll by an amount known at run time only costs four times as much on a CPU.
+    # Not jnp.roll, which takes 40 us of 10,000 slots on a CPU core when the amount is known at run time only.
     size = ancestors.shape[0]
     places = jnp.arange(size, dtype=jnp.int32) + jnp.asarray(slot - pivot_out, jnp.int32)
     places = jnp.where(places < 0, places + size, jnp.where(places < size, places, places - size))
