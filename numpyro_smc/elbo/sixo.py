@@ -7,6 +7,7 @@ from jax import Array, lax, random
 from numpyro_smc.elbo.density_ratio import twist_loss
 from numpyro_smc.elbo.fivo import FIVO
 from numpyro_smc.engines.alternation import current_phase
+from numpyro_smc.programs import streams
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.sequence import Program, Sequence
@@ -156,7 +157,7 @@ class SIXO(FIVO):
             return result["loss"], result["mutable_state"]
 
         def twist_step(params: dict[str, Any]) -> Array:
-            key, sequence_key = random.split(random.fold_in(rng_key, 1))
+            key, sequence_key = random.split(random.fold_in(rng_key, streams.TWIST))
             params = hold(params, twist=False)
             _, sequence = self._read(sequence_key, params, model, guide, args, kwargs)
             loss = twist_loss(key, sequence, params, model, guide, args, kwargs, self.twist_batch_size)

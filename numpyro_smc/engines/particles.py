@@ -20,7 +20,7 @@ from jax import Array, lax, random
 
 from numpyro_smc.programs.resample import ResampleFn
 from numpyro_smc.programs.sequence import Cloud, Move
-from numpyro_smc.programs.weights import normalise
+from numpyro_smc.programs.weights import normalise, sum_of_steps
 
 
 class FeynmanKac(Protocol):
@@ -78,7 +78,7 @@ class Recursion(NamedTuple):
     @property
     def log_evidence(self) -> Array:
         """Log evidence, ``[*batch]``."""
-        return self.initial.increment + jnp.sum(self.steps.increment, axis=0)
+        return self.initial.increment + sum_of_steps(self.steps.increment)
 
 
 Keep = Callable[[ParticleState, Move], Any]

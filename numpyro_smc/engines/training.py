@@ -21,12 +21,12 @@ from numpyro.infer.svi import SVIState
 from tqdm import tqdm
 
 from numpyro_smc.engines.checkpoint import Progress, check_folder
+from numpyro_smc.programs import streams
 from numpyro_smc.programs.arguments import check_if_given
 from numpyro_smc.programs.compiled import is_array
 
 __all__ = ["FitResult", "fit"]
 
-_EVALUATION_STREAM = 0x6576616C
 _MAX_STEPS_PER_CALL = 1024
 _MAX_CACHED_PER_SVI = 8
 _TRACED = object()
@@ -178,7 +178,7 @@ def fit(
     if init_state is None or svi.constrain_fn is None:
         fresh_state = svi.init(rng_key, *args, init_params=init_params, **kwargs)
         init_state = fresh_state if init_state is None else init_state
-    evaluation_key = jax.random.fold_in(rng_key, _EVALUATION_STREAM)
+    evaluation_key = jax.random.fold_in(rng_key, streams.EVALUATION)
     progress = saved = Progress(_without_weak_types(init_state), evaluation_key, np.zeros(0, jnp.result_type(float)))
     if checkpoint is not None and resume and os.path.exists(checkpoint):
         progress = saved = progress.load(checkpoint)

@@ -198,26 +198,33 @@ class ParticleFilter:
         :param args: arguments of the model, with any series of length one or more; only what stands before the scan is
             run with them.
         :return: the running state; advance it with :meth:`update`.
+        :raises FloatingPointError: if what is observed before the scan leaves no particle alive.
         """
         program = (as_arrays(params), args, kwargs)
         if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
             rng_key = random.wrap_key_data(rng_key)
-        return self._compiled_init(rng_key, *program)._replace(program=program)
+        state = self._compiled_init(rng_key, *program)._replace(program=program)
+        streaming.check_step(self, "ParticleFilter.init", None, state, None, {})
+        return state
 
     def update(
         self, state: FilterState, x: Any = None, *, guide_x: Any = None, data: dict[str, Any] | None = None
     ) -> FilterState:
         """Take in one observation. Memory does not grow with the number of observations.
 
-        With the same key, a stream's particles and evidence equal those of :meth:`run` on the whole series.
+        With the same key, a stream's particles equal those of :meth:`run` on the whole series, and so does its log
+        evidence up to rounding of the last digit: the sum is compensated, however long the stream.
 
         :param x: what the scan's body receives at this step, one slice of its ``xs`` (for many models the observation).
         :param guide_x: the same for the guide's body; ``x`` if not given.
         :param data: observations by site name, for models that are conditioned from outside.
         :return: the new state.
+        :raises FloatingPointError: naming the site and step, if no particle explains the observation or it is not
+            finite. Under ``jit`` nothing can be raised: the log evidence is ``-inf`` or not a number from then on.
         """
         arrays = state._replace(program=None)
         new = self._compiled_update(arrays, state.program, x, x if guide_x is None else guide_x, data or {})
+        streaming.check_step(self, "ParticleFilter.update", state, new, x, data or {})
         return new._replace(program=state.program)
 
     def save(self, path: Any, state: FilterState) -> None:

@@ -10,6 +10,7 @@ from numpyro import handlers
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_smc.filtering.smoothing.genealogy import draw_final, take
+from numpyro_smc.programs import streams
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.replay import observed_values, simulated_step
 from numpyro_smc.programs.sequence import Cloud, Program, Sequence
@@ -23,7 +24,7 @@ def forecast(
     :param later: the inputs of those steps, from :func:`later_inputs`, and their numbers.
     """
     params, args, kwargs = program
-    filtered = particle_filter.read(filter_key, params | history.global_values, args, kwargs)
+    filtered = particle_filter.read(random.split(filter_key)[0], params | history.global_values, args, kwargs)
     sequence = _simulator(particle_filter, filter_key, program, history)
     final_key, step_key = random.split(rng_key)
     chosen = draw_final(final_key, history.log_weights, num_samples)
@@ -52,9 +53,10 @@ def _simulator(particle_filter: Any, filter_key: Array, program: Any, history: A
     """The model with its observations drawn. A likelihood after the scan is left out; latents are forecast then."""
     params, args, kwargs = program
     held = params | history.global_values
+    forecast_key = random.fold_in(filter_key, streams.FORECAST)
 
     def read(model: Program) -> Sequence:
-        return read_sequence(filter_key, model, None, held, args, kwargs, user="forecast", given_globals=False)
+        return read_sequence(forecast_key, model, None, held, args, kwargs, user="forecast", given_globals=False)
 
     sequence = read(particle_filter.model)
     if sequence.after is None:
@@ -109,5 +111,9 @@ def not_finite(particle_filter: Any, rng_key: Array, program: Any, t: int) -> li
     """Names of the observed sites that hold non-finite, unmasked values at step ``t`` (-1: before the scan)."""
     params, args, kwargs = program
     sequence = particle_filter.read(random.split(rng_key)[0], params, args, kwargs)
-    sites = observed_values(sequence.model, t)
+    return not_finite_values(observed_values(sequence.model, t))
+
+
+def not_finite_values(sites: dict[str, Array]) -> list[str]:
+    """Names of the sites whose values are not all finite."""
     return [name for name, value in sites.items() if not np.isfinite(np.asarray(value, float)).all()]

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, random
+from jax import Array
 
 from numpyro_smc.filtering import forecasting
+from numpyro_smc.filtering.lost import lost_particles
 from numpyro_smc.filtering.smoothing.questions import Smoothing
+from numpyro_smc.programs.streams import reported_draws
 from numpyro_smc.reports.arviz_export import inference_data
 from numpyro_smc.reports.plots import plot_filter
 
@@ -174,7 +176,7 @@ class FilterResult(Smoothing):
         Groups: ``posterior`` (one chain of ``num_samples`` paths) and ``sample_stats`` (``ess``,
         ``log_evidence_increment`` per step); the log evidence is an attribute.
         """
-        draws = self.sample_posterior(random.key(0) if rng_key is None else rng_key, num_samples, method)
+        draws = self.sample_posterior(reported_draws() if rng_key is None else rng_key, num_samples, method)
         stats = {"ess": self.ess, "log_evidence_increment": self.log_evidence_increments}
         total = float(np.sum(np.asarray(self.log_evidence)))
         attributes = {"log_evidence": total, "num_particles": self.filter.num_particles}
@@ -211,22 +213,8 @@ class FilterResult(Smoothing):
             return
         first = int(broken.argmax()) - 1
         where = "before the first step" if first < 0 else f"at step {first}"
-        broken_sites = forecasting.not_finite(self.filter, self.rng_key, self.program, first)
-        sites = ", ".join(f"'{name}'" for name in broken_sites)
-        if sites:
-            raise FloatingPointError(
-                f"ParticleFilter: non-finite data at site {sites} {where}. "
-                f"Mask missing values with handlers.mask, or clean the data."
-            )
-        if np.isneginf(steps[first + 1]).any():
-            raise FloatingPointError(
-                f"ParticleFilter: all particles have weight zero {where}: no particle explains the observation. Use "
-                f"more particles, a guide, or check the observation and its support."
-            )
-        raise FloatingPointError(
-            f"ParticleFilter: the weights are not numbers {where}. Check the parameters, the model's distributions and "
-            f"the twists."
-        )
+        sites = forecasting.not_finite(self.filter, self.rng_key, self.program, first)
+        raise lost_particles("ParticleFilter", where, sites, steps[first + 1])
 
     def _weighted(self, site: str, log_weights: Array | None = None) -> tuple[Array, Array, int]:
         """Values of a site, weights that sum to one and broadcast with them, and the particle axis."""

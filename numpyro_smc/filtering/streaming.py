@@ -10,7 +10,12 @@ from jax import Array, random
 from numpyro import handlers
 
 from numpyro_smc.engines.particles import ParticleState, StepInfo, advance, initialise, step_keys
+from numpyro_smc.filtering.forecasting import not_finite_values as not_finite
+from numpyro_smc.filtering.lost import is_lost, lost_particles
+from numpyro_smc.programs.replay import observed_values, simulated_step
 from numpyro_smc.programs.sequence import Sequence
+from numpyro_smc.programs.sites import is_observed, unmasked_value
+from numpyro_smc.programs.weights import add_compensated
 
 if TYPE_CHECKING:
     from numpyro_smc.filtering.filter import ParticleFilter
@@ -23,7 +28,7 @@ class FilterState(NamedTuple):
     - **particles** - the particles and their log weights (of mean one).
     - **log_evidence** - log evidence of the observations so far; **increment** - the last one's share.
     - **ess** - effective sample size after the last observation. **values** - its step's sites, ``[N, ...]``.
-    - **program** - params, args and kwargs the run was started with.
+    - **program** - params, args and kwargs the run was started with. **lost** - what rounding has added to the sum.
     """
 
     rng_key: Array
@@ -34,6 +39,7 @@ class FilterState(NamedTuple):
     ess: Array
     values: dict[str, Array]
     program: Any
+    lost: Array
 
 
 def start(particle_filter: ParticleFilter, rng_key: Array, params: Any, args: Any, kwargs: Any) -> FilterState:
@@ -48,7 +54,9 @@ def start(particle_filter: ParticleFilter, rng_key: Array, params: Any, args: An
         return advance(step_keys(run_key, zero), sequence, None, state, zero, _first_inputs(sequence))[2].values
 
     values = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first_values))
-    return FilterState(rng_key, zero, state, info.increment, info.increment, info.ess, values, None)
+    increment = info.increment
+    lost = jnp.zeros_like(increment)
+    return FilterState(rng_key, zero, state, increment, increment, info.ess, values, None, lost)
 
 
 def take_in(
@@ -85,15 +93,44 @@ def take_step(
     _, step_key = random.split(run_key)
     keys = step_keys(step_key, state.t)
     particles, info, move = advance(keys, sequence, particle_filter.resampling, state.particles, state.t, inputs)
+    log_evidence, lost = add_compensated(state.log_evidence, state.lost, info.increment)
     new = state._replace(
         t=state.t + 1,
         particles=particles,
-        log_evidence=state.log_evidence + info.increment,
+        log_evidence=log_evidence,
+        lost=lost,
         increment=info.increment,
         ess=info.ess,
         values=move.values,
     )
     return new, info, sequence
+
+
+def check_step(
+    particle_filter: ParticleFilter, user: str, before: FilterState | None, after: FilterState, x: Any, data: Any
+) -> None:
+    """:raises FloatingPointError: if the last observation, or what stands before the scan, left no particle alive.
+
+    :param before: the state that the observation was given to, with its program; ``None`` before the first.
+    """
+    if not is_lost(after.increment):
+        return
+    state = after if before is None else before
+    read_key, _ = random.split(state.rng_key)
+    sequence = _read(particle_filter, read_key, *state.program, data)
+    if before is None:
+        sites = not_finite(observed_values(sequence.model, -1))
+        raise lost_particles(user, "before the first step", sites, after.increment)
+    t = int(before.t)
+    if is_lost(before.log_evidence):
+        raise FloatingPointError(
+            f"{user}: no particle was left before step {t}, and the log evidence stays at {before.log_evidence}. Go on "
+            f"with a state from before the observation that no particle explains."
+        )
+    _, trace = simulated_step(sequence.model, t, x)
+    sites = not_finite({name: unmasked_value(site) for name, site in trace.items() if is_observed(site)})
+    remedy = "The state that it was given to is as it was: go on with that one to leave the observation out."
+    raise lost_particles(user, f"at step {t}", sites, after.increment, remedy)
 
 
 def _read(

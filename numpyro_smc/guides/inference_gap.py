@@ -19,6 +19,7 @@ from numpyro_smc.guides.data_rows import DataRows, check_rows, data_rows, inspec
 from numpyro_smc.guides.gap_result import InferenceGap
 from numpyro_smc.guides.local import LocalOptimizer
 from numpyro_smc.guides.resumable import over_rows
+from numpyro_smc.programs import streams
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Params, Program, log_weights
@@ -131,7 +132,7 @@ def inference_gap(
         if "ais" in EVIDENCE[evidence]:
             found |= _by_ais(random.fold_in(keys[1], first), model, guide, params, part, options)
         if "smc" in EVIDENCE[evidence]:
-            found |= _by_smc(keys[1], model, guide, params, part, first, options)
+            found |= _by_smc(random.fold_in(keys[1], streams.TEMPERED), model, guide, params, part, first, options)
         for name, optimizer in optimizers.items():
             optimum = optimizer.batch(keys[2], model, guide, params, rows, first)
             found |= {f"{name}/{quantity}": np.asarray(optimum[quantity]) for quantity in _OF_OPTIMUM}

@@ -19,6 +19,7 @@ from numpyro.infer.util import transform_fn
 from numpyro_smc.evidence.estimate import log_mean_and_error
 from numpyro_smc.guides.data_rows import DataRows
 from numpyro_smc.guides.starts import Start, encoder_start, plain_start
+from numpyro_smc.programs import streams
 from numpyro_smc.programs.density import Params, Program, log_weights
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def optima(
                 starts.append(encoder_start(key, model, guide, params, args, kwargs, num_eval, _USER))
             else:
                 starts.append(plain_start(kind, key, fixed, args, kwargs))
-        local, bijections, points = _parametrised(optimizer, fixed, starts, start_key, args, kwargs)
+        guides_key = random.fold_in(start_key, streams.GUIDES)
+        local, bijections, points = _parametrised(optimizer, fixed, starts, guides_key, args, kwargs)
 
         def weights(point: Params, rng_key: Array, num: int) -> Array:
             values = transform_fn(bijections, point)
@@ -62,7 +64,11 @@ def optima(
         search = partial(_descend, optimizer, loss)
         ends, num_steps, converged = jax.vmap(search)(points, random.split(search_key, num_starts))
         candidates = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), points, ends)
-        bounds = lax.map(lambda point: jnp.mean(weights(point, choice_key, num_eval)), candidates)
+
+        def bound_on_common_draws(point: Params) -> Array:
+            return jnp.mean(weights(point, choice_key, num_eval))
+
+        bounds = lax.map(bound_on_common_draws, candidates)
         choice = jnp.argmax(jnp.where(jnp.isfinite(bounds), bounds, -jnp.inf))
         best = jax.tree.map(lambda leaf: leaf[choice], candidates)
         found = weights(best, final_key, num_eval)

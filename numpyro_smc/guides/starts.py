@@ -11,6 +11,7 @@ from numpyro.distributions import Distribution, ExpandedDistribution, Independen
 from numpyro.distributions.transforms import biject_to
 from numpyro.infer.autoguide import AutoContinuous, AutoDiagonalNormal
 
+from numpyro_smc.programs import streams
 from numpyro_smc.programs.automatic_guides import latent_vector
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.sites import is_latent
@@ -45,7 +46,7 @@ class Start(NamedTuple):
 def plain_start(kind: str, rng_key: Array, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Start:
     """Scales of one, around zero (``"zeros"``) or uniform numbers on (-2, 2) (``"random"``)."""
     with handlers.block():
-        trace = handlers.trace(handlers.seed(model, rng_key)).get_trace(*args, **kwargs)
+        trace = handlers.trace(handlers.seed(model, random.fold_in(rng_key, streams.SHAPES))).get_trace(*args, **kwargs)
     values, scales = {}, {}
     for number, (name, site) in enumerate((name, site) for name, site in trace.items() if is_latent(site)):
         bijection = biject_to(site["fn"].support)
@@ -73,11 +74,12 @@ def encoder_start(
     """
     if guide is None:
         raise ValueError(f"{user}: init='encoder' starts from the guide; pass guide=, or init='zeros'.")
-    pair = Pair(model, guide, args, kwargs, rng_key, None, user)
+    model_key, plate_key = (random.fold_in(rng_key, stream) for stream in (streams.MODEL, streams.PLATES))
+    pair = Pair(model, guide, args, kwargs, plate_key, None, user)
 
     def latents(index: Array | None) -> tuple[dict[str, Array], dict[str, Distribution], list[Distribution]]:
         draw = pair.draw(rng_key, index, params)  # type: ignore[arg-type]
-        sites = {n: site for n, site in pair.run_model(rng_key, None, params, draw).items() if is_latent(site)}
+        sites = {n: site for n, site in pair.run_model(model_key, None, params, draw).items() if is_latent(site)}
         state = {name: biject_to(site["fn"].support).inv(site["value"]) for name, site in sites.items()}
         of_guide = [site["fn"] for site in draw.trace.values() if is_latent(site)]
         return state, {name: site["fn"] for name, site in sites.items()}, of_guide

@@ -14,6 +14,7 @@ from jax import Array, random
 from numpyro_smc.filtering.smoothing.genealogy import draw_final, take
 from numpyro_smc.kernels.smc2_progress import LEVELS, Progress, Summary, last_states
 from numpyro_smc.programs.resampling import systematic
+from numpyro_smc.programs.streams import reported_draws
 from numpyro_smc.reports.arviz_export import inference_data
 from numpyro_smc.reports.plots import new_axes
 
@@ -76,13 +77,13 @@ class SMC2Result:
     def get_samples(self, num_samples: int | None = None, rng_key: Array | None = None) -> dict[str, Array]:
         """Equally weighted draws from the posterior: parameters, and the sites of the last step that was taken in.
 
-        :param num_samples: N by default. **rng_key** - ``random.key(0)`` by default.
+        :param num_samples: N by default. **rng_key** - always the same by default.
         :return: by site, ``[num_samples, ...]``.
         """
         num_samples = self.num_parameter_particles if num_samples is None else num_samples
         if num_samples < 1:
             raise ValueError(f"get_samples: num_samples must be positive, got {num_samples}.")
-        key_order, key_parameters, key_states = random.split(random.key(0) if rng_key is None else rng_key, 3)
+        key_order, key_parameters, key_states = random.split(reported_draws() if rng_key is None else rng_key, 3)
         # Systematic ancestors ascend: shuffled, so that a part of the draws is as good as any other.
         chosen = random.permutation(key_order, systematic(key_parameters, self.log_weights, num_samples))
         draws = {name: value[chosen] for name, value in self.samples.items()}

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from numpyro_smc.programs.resample import Decision, Resampled, ResampleFn
-from numpyro_smc.programs.resampling.inverse_cdf import scaled_weights, search, strata
+from numpyro_smc.programs.resampling.inverse_cdf import scaled_weights
+from numpyro_smc.programs.resampling.offspring import search_strata
 
 ORDERS = ("state", "hilbert")
 
@@ -43,7 +44,7 @@ def sorted_systematic(uniforms: Array, decide: Decision, order: str | None, user
             log_weights, particles = operand
             permutation = sorted_by_state(particles, order, user)
             weights = scaled_weights(log_weights)[permutation]
-            chosen = permutation[search(weights, strata(uniforms[t], size), size)]
+            chosen = permutation[search_strata(weights, uniforms[t], size)]
             alive = jnp.max(log_weights) > -jnp.inf
             ancestors = jnp.where(alive, chosen, identity).astype(jnp.int32)
             moved = jax.tree.map(lambda leaf: leaf[ancestors], particles)

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+_FEW_TERMS = 64
+
 
 def log_mean_exp(log_weights: Array) -> Array:
     r"""Logarithm of the mean weight, :math:`\log \tfrac1N \sum_i e^{\ell_i}`, over the leading axis.
@@ -49,6 +51,45 @@ def effective_sample_size(log_weights: Array) -> Array:
     :return: shape ``[...]``, between 1 and N; 0 where every particle is dead.
     """
     return normalise(log_weights)[2]
+
+
+def add_compensated(total: Array, lost: Array, term: Array) -> tuple[Array, Array]:
+    """One more term of a running sum, whose error does not grow with the number of terms (Kahan's summation).
+
+    :param lost: what rounding has added to the total so far; zero to begin with.
+    :return: the new total, and what rounding has added to it.
+    """
+    term = term - lost
+    new = total + term
+    return new, jnp.where(jnp.isfinite(new), (new - total) - term, 0.0)
+
+
+def sum_of_steps(terms: Array) -> Array:
+    """The sum over the leading axis, of many terms as exact as of a few: in pairs, with the rounding errors kept.
+
+    :param terms: ``[T, ...]``; differentiated as a plain sum.
+    """
+    plain = jnp.sum(terms, axis=0)
+    if terms.shape[0] <= _FEW_TERMS:
+        return plain
+    terms = jax.lax.stop_gradient(terms)
+    lost = jnp.zeros_like(terms)
+    while terms.shape[0] > 1:
+        half, odd = divmod(terms.shape[0], 2)
+        first, second = terms[:half], terms[half : 2 * half]
+        both = first + second
+        rounded = both - first
+        error = (first - (both - rounded)) + (second - rounded)
+        lost_of_both = lost[:half] + lost[half : 2 * half] + error
+        terms, lost = (
+            (jnp.concatenate([both, terms[-1:]]), jnp.concatenate([lost_of_both, lost[-1:]]))
+            if odd
+            else (both, lost_of_both)
+        )
+    exact = terms[0] + lost[0]
+    is_finite = jnp.isfinite(plain)
+    gradient = jnp.where(is_finite, plain - jax.lax.stop_gradient(plain), 0.0)
+    return jnp.where(is_finite, exact + gradient, plain)
 
 
 def impossible_if_nan(log_density: Array) -> Array:

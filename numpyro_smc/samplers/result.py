@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, random
 
 from numpyro_smc.programs.resampling import systematic
+from numpyro_smc.programs.streams import reported_draws
 from numpyro_smc.reports.arviz_export import inference_data
 from numpyro_smc.reports.plots import new_axes
 from numpyro_smc.samplers.genealogy import log_scale_error, mean_error
@@ -126,14 +127,14 @@ class SMCResult:
 
         The particles themselves where they weigh the same and all are wanted; otherwise a systematic resample of them.
 
-        :param num_samples: N by default. **rng_key** - of the resampling; ``random.key(0)`` by default.
+        :param num_samples: N by default. **rng_key** - of the resampling; always the same by default.
         """
         num_samples = self.num_particles if num_samples is None else num_samples
         if num_samples < 1:
             raise ValueError(f"get_samples: num_samples must be positive, got {num_samples}.")
         if num_samples == len(self.log_weights) and bool(jnp.all(self.log_weights == self.log_weights[0])):
             return dict(self.samples)
-        key_order, key_ancestors = random.split(random.key(0) if rng_key is None else rng_key)
+        key_order, key_ancestors = random.split(reported_draws() if rng_key is None else rng_key)
         ancestors = systematic(key_ancestors, self.log_weights, num_samples)
         # Systematic ancestors ascend: shuffled, so that a part of the draws is as good as any other.
         ancestors = random.permutation(key_order, ancestors)

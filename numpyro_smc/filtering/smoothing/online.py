@@ -13,7 +13,8 @@ from numpyro_smc.filtering.smoothing.methods import backward_draw, check_num_dra
 from numpyro_smc.filtering.smoothing.pairs import Functional, weighted_sum
 from numpyro_smc.filtering.smoothing.paris import carry_forward, zero_statistic
 from numpyro_smc.filtering.smoothing.runs import check_bound
-from numpyro_smc.filtering.streaming import FilterState, take_step
+from numpyro_smc.filtering.streaming import FilterState, check_step, take_step
+from numpyro_smc.programs import streams
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.sequence import Sequence
 
@@ -119,18 +120,22 @@ class OnlineSmoother:
     ) -> OnlineSmootherState:
         """Start a stream; arguments are those of :meth:`~numpyro_smc.ParticleFilter.init`, whose particles it has."""
         filter_state = self.particle_filter.init(rng_key, *args, params=params, **kwargs)
-        return OnlineSmootherState(filter_state, random.fold_in(filter_state.rng_key, 1), None, None)
+        return OnlineSmootherState(
+            filter_state, random.fold_in(filter_state.rng_key, streams.ONLINE_SMOOTHING), None, None
+        )
 
     def update(
         self, state: OnlineSmootherState, x: Any = None, *, guide_x: Any = None, data: dict[str, Any] | None = None
     ) -> OnlineSmootherState:
         """Take in one observation, as :meth:`~numpyro_smc.ParticleFilter.update` does.
 
-        :raises ValueError: if a density exceeds the bound of rejection.
+        :raises ValueError: if a density exceeds the bound of rejection. **FloatingPointError** - naming the site and
+            step, if no particle explains the observation; under ``jit`` the value is not a number from then on.
         """
         program, arrays = state.filter.program, state.filter._replace(program=None)
         guide_x = x if guide_x is None else guide_x
         new, wrong = self._compiled_update(state._replace(filter=arrays), program, x, guide_x, data or {})
+        check_step(self.particle_filter, "OnlineSmoother", state.filter, new.filter, x, data or {})
         if self.options[0] == "rejection":
             check_bound("OnlineSmoother", wrong)
         return new._replace(filter=new.filter._replace(program=program))
@@ -145,7 +150,13 @@ class OnlineSmoother:
         step = Step(before.t, x, cloud, log_weights, after.values, info.ancestors)
         statistic, wrong = self._carry_forward(state, sequence, step)
         weights = jax.nn.softmax(after.particles.log_weights, axis=0)
-        value = jax.tree.map(lambda leaf: weighted_sum(leaf, weights), statistic)
+        alive = jnp.isfinite(after.log_evidence)
+
+        def mean(leaf: Array) -> Array:
+            total = weighted_sum(leaf, weights)
+            return jnp.where(alive.reshape(alive.shape + (1,) * (total.ndim - alive.ndim)), total, jnp.nan)
+
+        value = jax.tree.map(mean, statistic)
         return OnlineSmootherState(after, state.rng_key, statistic, value), wrong
 
     def _carry_forward(self, state: OnlineSmootherState, sequence: Sequence, step: Step) -> tuple[Any, Array]:

@@ -15,6 +15,7 @@ from numpyro_smc.filtering.smoothing.kernel import backward_kernel, read
 from numpyro_smc.filtering.smoothing.methods import NEED_GENEALOGY, backward_draw
 from numpyro_smc.filtering.smoothing.pairs import Functional
 from numpyro_smc.filtering.smoothing.runs import check_bound, expectation_of, repeat, summarise
+from numpyro_smc.programs import streams
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
 
@@ -171,7 +172,7 @@ class Smoothing:
         if isinstance(functional, str) and functional not in known[0] | known[1]:
             raise KeyError(f"No site '{functional}' in this filter. Known: {', '.join(sorted(known[0] | known[1]))}.")
 
-        key = random.fold_in(self.rng_key, 1) if rng_key is None else rng_key
+        key = random.fold_in(self.rng_key, streams.SMOOTHING) if rng_key is None else rng_key
         asked = (functional, additive, self.rng_key, key, self.program, num_repeats, method, options)
         answers = self._compiled("smooth", partial(_smooth, self.filter))(*asked)
         what = functional if isinstance(functional, str) else getattr(functional, "__name__", "functional")
@@ -236,7 +237,7 @@ class Smoothing:
         self._check_method(method, options, "score")
         names = scores.chosen_names(self.program[0], sites)
 
-        key = random.fold_in(self.rng_key, 2) if rng_key is None else rng_key
+        key = random.fold_in(self.rng_key, streams.SCORE) if rng_key is None else rng_key
         asked = (names, self.rng_key, key, self.program, num_repeats, method, options)
         answers = self._compiled("score", partial(_score, self.filter))(*asked)
         return summarise("score", answers, "score", method, self.filter.num_particles, False)

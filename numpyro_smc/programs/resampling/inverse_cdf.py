@@ -58,7 +58,7 @@ def search(weights: Array, positions: Array, span: int = 1) -> Array:
     cumulative = jnp.cumsum(weights)
     total = cumulative[-1]
     values = jnp.minimum(positions * (total / span), _float_below(total))
-    owners = _first_above(cumulative, values)
+    owners = first_above(cumulative, values)
     owners = lax.cond(
         _anywhere_in_batch(jnp.any(weights[owners] == 0)),
         lambda owners: _nearest_living(weights)[owners],
@@ -125,7 +125,7 @@ def _float_below(x: Array) -> Array:
     return x * (1 - jnp.finfo(x.dtype).epsneg)
 
 
-def _first_above(cumulative: Array, values: Array) -> Array:
+def first_above(cumulative: Array, values: Array) -> Array:
     """``searchsorted(cumulative, values, side="right")``; below N whenever ``values < cumulative[-1]``.
 
     On accelerators a sort. On a CPU a sort is 20 times slower than bisection, and bisection by powers of two, with one
@@ -136,7 +136,8 @@ def _first_above(cumulative: Array, values: Array) -> Array:
     size = cumulative.shape[0]
     levels = size.bit_length()
     # padded[c] <= value says that at least c entries are <= value; the tail is never reached.
-    padded = jnp.pad(cumulative, (1, 2**levels - size - 1), constant_values=(0, jnp.inf))
+    beyond = jnp.inf if jnp.issubdtype(cumulative.dtype, jnp.floating) else jnp.iinfo(cumulative.dtype).max
+    padded = jnp.pad(cumulative, (1, 2**levels - size - 1), constant_values=(0, beyond))
 
     def descend(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         found, step = state

@@ -3,7 +3,8 @@
 import jax
 from jax import Array
 
-from numpyro_smc.programs.resampling.inverse_cdf import pin, position_within, scaled_weights, search, strata
+from numpyro_smc.programs.resampling.inverse_cdf import pin, position_within, scaled_weights
+from numpyro_smc.programs.resampling.offspring import search_strata
 
 
 def stratified(rng_key: Array, log_weights: Array, num_samples: int) -> Array:
@@ -21,7 +22,7 @@ def stratified(rng_key: Array, log_weights: Array, num_samples: int) -> Array:
     """
     weights = scaled_weights(log_weights)
     offsets = jax.random.uniform(rng_key, (num_samples,), weights.dtype)
-    return search(weights, strata(offsets, num_samples), num_samples)
+    return search_strata(weights, offsets, num_samples)
 
 
 def conditional(

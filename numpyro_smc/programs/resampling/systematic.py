@@ -3,7 +3,8 @@
 import jax
 from jax import Array
 
-from numpyro_smc.programs.resampling.inverse_cdf import pin, position_within, scaled_weights, search, strata
+from numpyro_smc.programs.resampling.inverse_cdf import pin, position_within, scaled_weights
+from numpyro_smc.programs.resampling.offspring import search_strata
 
 
 def systematic(rng_key: Array, log_weights: Array, num_samples: int) -> Array:
@@ -23,7 +24,7 @@ def systematic(rng_key: Array, log_weights: Array, num_samples: int) -> Array:
     """
     weights = scaled_weights(log_weights)
     offset = jax.random.uniform(rng_key, (), weights.dtype)
-    return search(weights, strata(offset, num_samples), num_samples)
+    return search_strata(weights, offset, num_samples)
 
 
 def conditional(
@@ -45,4 +46,4 @@ def conditional(
     """
     weights = scaled_weights(log_weights)
     slot, offset = position_within(rng_key, weights, pivot_in, num_samples)
-    return pin(search(weights, strata(offset, num_samples), num_samples), slot, pivot_in, pivot_out)
+    return pin(search_strata(weights, offset, num_samples), slot, pivot_in, pivot_out)

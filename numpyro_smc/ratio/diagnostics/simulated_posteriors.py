@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array, random
 from tqdm import tqdm
 
+from numpyro_smc.programs import streams
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.samplers.result import SMCResult
@@ -64,7 +65,9 @@ def simulated_posteriors(
         key = random.fold_in(run_key, first)
         runs = estimator.sample_many(key, x[rows], params, given, num_particles=num_samples, **options)
         particles = jnp.stack([simulator.ravel(run.samples) for run in runs])
-        draws = _resampled(random.split(random.fold_in(key, 1), len(runs)), particles, _weights(runs))
+        draws = _resampled(
+            random.split(random.fold_in(key, streams.EQUAL_WEIGHTS), len(runs)), particles, _weights(runs)
+        )
         samples.append(np.asarray(draws)[first - rows.start :])
     return SimulatedPosteriors(theta, x, context, jnp.asarray(np.concatenate(samples)))
 
