@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import random
 from jax._src.random import prng
 
 import numpyro_smc
@@ -38,10 +39,20 @@ def _places():
 
 
 class _Recorder:
+    """Keys that stem from those with which programs are read are left out: nothing but shapes is taken from them."""
+
     def __init__(self):
         self.uses = defaultdict(list)
+        self.of_reading = {tuple(random.key_data(random.key(seed)).tolist()) for seed in (0, 1)}
 
-    def note(self, keys, how, what):
+    def is_of_reading(self, keys):
+        return all(tuple(row) in self.of_reading for row in np.asarray(keys._base_array).reshape(-1, 2).tolist())
+
+    def note(self, keys, how, what, made=None):
+        if self.is_of_reading(keys):
+            if made is not None:
+                self.of_reading |= {tuple(row) for row in np.asarray(made._base_array).reshape(-1, 2).tolist()}
+            return
         data = np.asarray(keys._base_array)
         rows = data.reshape(-1, data.shape[-1])
         each = np.broadcast_to(np.asarray(what), data.shape[:-1]).reshape(-1) if how == "fold" else [what] * len(rows)
@@ -60,13 +71,14 @@ def uses_of_keys(call):
         return originals[prng.random_bits_p](keys, bit_width=bit_width, shape=shape)
 
     def split(keys, *, shape):
-        recorder.note(keys, "split", shape)
-        return originals[prng.random_split_p](keys, shape=shape)
+        made = originals[prng.random_split_p](keys, shape=shape)
+        recorder.note(keys, "split", shape, made)
+        return made
 
     def fold(keys, numbers):
         folded = originals[prng.random_fold_in_p](keys, numbers)
         shape = np.broadcast_shapes(keys.shape, np.shape(numbers))
-        recorder.note(jax.numpy.broadcast_to(keys, shape), "fold", np.broadcast_to(np.asarray(numbers), shape))
+        recorder.note(jax.numpy.broadcast_to(keys, shape), "fold", np.broadcast_to(np.asarray(numbers), shape), folded)
         return folded
 
     try:

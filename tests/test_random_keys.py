@@ -20,7 +20,7 @@ from tests.recorded_keys import repeats, uses_of_keys
 from tests.verify import conjugate_kernels
 
 Y = jnp.array([0.3, 0.8, 0.6])
-KEY = random.key(20)  # not one of those that programs are read with
+KEY = random.key(20)
 
 
 OTHER = random.key(21)
@@ -132,7 +132,7 @@ def gradient(loss, model, guide, **params):
 def trained(loss):
     svi = SVI(data, loss.wrap(encoder), optax.sgd(0.1), loss)
     params = svi.get_params(svi.update(svi.init(KEY, Y), Y)[0])
-    loss.sample_posterior(OTHER, params, data, encoder, Y, num_samples=2)
+    loss.sample_posterior(OTHER, params, data, encoder, Y, num_samples=1)
 
 
 def mcmc(kernel, *args):
@@ -140,6 +140,12 @@ def mcmc(kernel, *args):
     for _ in range(2):
         state = kernel.sample(state, args, {})
     kernel.postprocess_fn(args, {})({n: v for n, v in getattr(state, kernel.sample_field).items()})
+
+
+def ensemble():
+    kernel = smc.SMCKernel(regression, moves="rwmh", num_moves=1)
+    state = kernel.init(random.split(KEY, 4), 0, None, (Y,), {})
+    kernel.sample(state, (Y,), {})
 
 
 def sampled(model=regression, **options):
@@ -193,8 +199,8 @@ BOUNDS = {
         type(loss).__name__: lambda loss=loss: gradient(loss, coins, coins_encoder, slope=0.4)
         for loss in (smc.Reinforce(3), smc.VIMCO(3), smc.OVIS(3), smc.RWS(3), smc.TVO(3))
     },
-    "DSMCS": lambda: trained(smc.DSMCS(4, 2, num_mc=2)),
-    "DAIS": lambda: trained(smc.DAIS(2, 2)),
+    "DSMCS": lambda: trained(smc.DSMCS(2, 1, num_mc=1, remat=None)),
+    "DAIS": lambda: trained(smc.DAIS(2, 1, remat=None)),
     "fit": lambda: smc.fit(
         SVI(data, encoder, optax.sgd(0.1), loss=smc.IWELBO(3)),
         KEY,
@@ -316,7 +322,7 @@ CHECKS = {
 }
 
 KERNELS = {
-    "SMCKernel": lambda: mcmc(smc.SMCKernel(regression, num_particles=8, moves="rwmh", num_moves=1), Y),
+    "SMCKernel": ensemble,
     "ConditionalSMC": lambda: mcmc(smc.ConditionalSMC(path, 4), Y),
     "ConditionalSMC backward": lambda: mcmc(smc.ConditionalSMC(path, 4, backward_sampling=True), Y),
     "ConditionalSMC ancestors": lambda: mcmc(smc.ConditionalSMC(path, 4, ancestor_sampling=True), Y),
@@ -359,9 +365,10 @@ def shown(uses):
 
 
 ENTRIES = FILTERS | BOUNDS | EVIDENCES | RATIOS | CHECKS | KERNELS
+SLOW = ("AIS", "bidirectional", "LocalOptimizer", "inference_gap", "log_marginal_likelihood by ais")
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("entry", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ENTRIES])
 def test_no_key_is_used_twice(entry):
     found = uses_of_keys(ENTRIES[entry])
     assert found
