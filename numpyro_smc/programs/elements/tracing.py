@@ -44,7 +44,9 @@ def trace(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
     def labels_of(*labels: Any) -> Any:
         flat = jax.tree.leaves(labels, is_leaf=lambda leaf: leaf is None)
         outputs = _propagate(jaxpr.jaxpr, [None] * len(known), known, flat, [None] * len(flat))
-        return jax.tree.unflatten(treedef, [labels for labels, _ in outputs])
+        return jax.tree.unflatten(
+            treedef, [label if label is not None and label.any() else None for label, _ in outputs]
+        )
 
     return labels_of
 
