@@ -42,11 +42,13 @@ class Elements(NamedTuple):
     - **axes** - for each program, for each leaf of its carry, the axis that moves with the plate; ``None`` where
       nothing depends on any element.
     - **combined** - names of deterministic sites whose leading axes are not the plate's.
+    - **twists** - names of twists that do not keep the elements apart.
     """
 
     coupling: str | None
     axes: list[list[int | None]]
     combined: frozenset[str]
+    twists: frozenset[str]
 
 
 class _Read(NamedTuple):
@@ -147,6 +149,7 @@ def _elements(
     coupling: list[str] = []
     axes: list[list[int | None]] = []
     combined: set[str] = set()
+    twists: set[str] = set()
     for read in reads:
         before, within = (labels_of(sites, shared, dim) for sites in (read.before, read.within))
 
@@ -159,9 +162,7 @@ def _elements(
         found = step(carry)
         for labels in (found["before"], found["within"]):
             coupling += [coupled_density(site) for site, label in labels.items() if not fits(label, dim, size)]
-        for site, label in found["twists"].items():
-            if not fits(label, place, size):
-                coupling.append(f"twist '{site}' depends on several of its elements")
+        twists |= {site for site, label in found["twists"].items() if not fits(label, place, size)}
         its_axes = [axis_of(label, place, size) for label in carry]
         for number, (label, axis) in enumerate(zip(carry, its_axes, strict=True)):
             if label is not None and axis is None:
@@ -180,7 +181,7 @@ def _elements(
         found = trace_labels(index, labels_of(latents, shared, dim))
         coupling += [coupled_density(site) for site, label in found.items() if not fits(label, dim, size)]
     words = not_independent(name, coupling[0]) if coupling else None
-    return Elements(words, axes, frozenset(combined))
+    return Elements(words, axes, frozenset(combined), frozenset(twists))
 
 
 def _stacked(label: Labels) -> Labels:
