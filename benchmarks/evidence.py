@@ -258,7 +258,7 @@ def estimate(name: str, target: Target, fitted: Callable[[], Fitted], options: a
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large Pareto k: the verdict says it
             found = log_marginal_likelihood(
-                rng_key, target.model, *target.args, method=method, **start, **sizes[method], **special
+                rng_key, target.model, *target.args, method=method, **start, options=sizes[method] | special
             )
         seconds.append(time.process_time() - began)
         runs.append(found)
@@ -359,7 +359,7 @@ def cover(name: str, options: argparse.Namespace) -> dict[str, Any]:
                 *args,
                 method=method,
                 guide=regression_guide if method == "importance" else None,
-                **sizes,
+                options=sizes,
             )
         truth = linear_regression.log_evidence(*problem)
         low, high = found.interval()

@@ -20,6 +20,7 @@ from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.guide_target import GuideTarget
 from numpyro_smc.programs.nonfinite import check_finite
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.resample import Decision, build, replace_dead
 from numpyro_smc.programs.resampling import Scheme, bernoulli, gapped_straight_through, resolve
 from numpyro_smc.reports.annealing import AnnealingDiagnostics
@@ -170,6 +171,7 @@ class DSMCS(ELBO):
         values = jax.vmap(one)(random.split(run_key, self.num_mc))
         return {"loss": -jnp.sum(jnp.mean(values, axis=0)) * path.target.plates.scale, "mutable_state": None}
 
+    @keeps_options_apart("model", "guide")
     def diagnostics(
         self,
         rng_key: Array,
@@ -194,6 +196,7 @@ class DSMCS(ELBO):
         self._check_finite(log_evidence, params, model, guide, args, kwargs)
         return AnnealingDiagnostics(log_evidence, ess, resampled, schedule, self.num_particles)
 
+    @keeps_options_apart("model", "guide")
     def sample_posterior(
         self,
         rng_key: Array,

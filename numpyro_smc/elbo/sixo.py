@@ -8,6 +8,7 @@ from numpyro_smc.elbo.density_ratio import twist_loss
 from numpyro_smc.elbo.fivo import FIVO
 from numpyro_smc.engines.alternation import current_phase
 from numpyro_smc.programs import streams
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.sequence import Program, Sequence
@@ -175,6 +176,7 @@ class SIXO(FIVO):
         loss, mutable_state = lax.cond(is_twist_phase, only_twist, model_step, param_map)
         return {"loss": loss, "mutable_state": mutable_state}
 
+    @keeps_options_apart("model", "guide")
     def twist_loss(
         self, rng_key: Array, params: dict[str, Any], model: Program, guide: Program, *args: Any, **kwargs: Any
     ) -> Array:

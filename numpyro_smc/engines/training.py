@@ -24,6 +24,7 @@ from numpyro_smc.engines.checkpoint import Progress, check_folder
 from numpyro_smc.programs import streams
 from numpyro_smc.programs.arguments import check_if_given
 from numpyro_smc.programs.compiled import is_array
+from numpyro_smc.programs.options import keeps_options_apart
 
 __all__ = ["FitResult", "fit"]
 
@@ -95,6 +96,7 @@ class FitResult:
         return ax
 
 
+@keeps_options_apart("svi.model", "svi.guide")
 def fit(
     svi: SVI,
     rng_key: Array,

@@ -21,6 +21,7 @@ from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.guide_target import GuideTarget, State
 from numpyro_smc.programs.nonfinite import as_arrays, check_finite
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.sites import BatchPlates
 
 SCHEDULES = ("linear", "sigmoid", "adaptive")
@@ -142,6 +143,7 @@ class AIS:
         self._tune, self._forward, self._reverse = (Compiled(f) for f in (self._tuned, self._annealed, self._unwound))
         self._ends = Compiled(self._ends_of)
 
+    @keeps_options_apart("self.model", "self.guide")
     def run(self, rng_key: Array, *args: Any, params: Params | None = None, **kwargs: Any) -> Evidence:
         """Log evidence of the data in ``args`` and ``kwargs``, per element of the enclosing plates.
 

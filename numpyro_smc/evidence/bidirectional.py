@@ -16,6 +16,7 @@ from numpyro_smc.programs.compiled import Compiled, is_array
 from numpyro_smc.programs.density import Params
 from numpyro_smc.programs.guide_target import State
 from numpyro_smc.programs.nonfinite import as_arrays
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.simulation import Simulate, simulated
 from numpyro_smc.programs.sites import BatchPlates
 from numpyro_smc.reports.plots import new_axes
@@ -109,6 +110,7 @@ class BoundsFromBothSides:
         return ax
 
 
+@keeps_options_apart("ais.model", "ais.guide")
 def bidirectional(
     rng_key: Array,
     ais: AIS,

@@ -16,9 +16,11 @@ from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, log_weights
 from numpyro_smc.programs.nonfinite import as_arrays, check_finite
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.pareto import LARGE_PARETO_K, pareto_k
 
 
+@keeps_options_apart("model", "guide")
 def importance(
     rng_key: Array,
     model: Program,

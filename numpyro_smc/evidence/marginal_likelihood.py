@@ -1,9 +1,9 @@
 """One face of all estimators of log evidence."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,12 +14,14 @@ from numpyro_smc.evidence.bidirectional import bidirectional
 from numpyro_smc.evidence.estimate import Evidence
 from numpyro_smc.evidence.importance import importance
 from numpyro_smc.programs.density import Params, Program
+from numpyro_smc.programs.options import keeps_options_apart, takes
 from numpyro_smc.programs.sites import BatchPlates
 
 METHODS = ("importance", "ais", "bidirectional", "smc")
 _RUN_OPTIONS = ("progress_bar", "checkpoint", "checkpoint_every", "resume")
 
 
+@keeps_options_apart("model", "guide")
 def log_marginal_likelihood(
     rng_key: Array,
     model: Program,
@@ -27,6 +29,7 @@ def log_marginal_likelihood(
     method: str = "importance",
     guide: Program | None = None,
     params: Params | None = None,
+    options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Evidence:
     r"""Log evidence :math:`\log p(x) = \log \int p(x, z)\,dz` of a model at given parameters.
@@ -45,12 +48,13 @@ def log_marginal_likelihood(
     is hard, prefer annealing from a guide; where the posterior has modes apart, SMC.
     Cost: of the method. A second call with the same programs, options and shapes compiles nothing.
 
-    :param args: arguments of model and guide.
+    :param args: arguments of model and guide; also ``kwargs``.
     :param guide: fitted guide to start from; the prior if ``None``.
     :param params: constrained values of the ``param`` sites.
-    :param kwargs: options of the method, by their names there; all others are arguments of model and guide.
+    :param options: of the method, by their names there: ``{"num_samples": 10_000}``.
     :return: value, standard error, what it bounds, values per element, and a verdict.
-    :raises ValueError: for unknown methods, and as the method does.
+    :raises ValueError: for unknown methods, and as the method does. **TypeError** - for an option the method does not
+        have, and for one that is given as an argument of the model.
 
     **Example**
 
@@ -64,7 +68,7 @@ def log_marginal_likelihood(
         ...         z = numpyro.sample("z", dist.Normal(0.0, 1.0))
         ...         numpyro.sample("x", dist.Normal(z, 1.0), obs=x)
         >>> x = jnp.array([0.3, -1.2, 2.0])
-        >>> result = log_marginal_likelihood(random.key(0), model, x, method="importance", num_samples=10_000)
+        >>> result = log_marginal_likelihood(random.key(0), model, x, options={"num_samples": 10_000})
         >>> abs(result.value - dist.Normal(0.0, 2.0**0.5).log_prob(x).sum()) < 4 * result.standard_error
         Array(True, dtype=bool)
         >>> result.verdict[:11], result.bound
@@ -72,7 +76,14 @@ def log_marginal_likelihood(
     """
     if method not in METHODS:
         raise ValueError(f"log_marginal_likelihood: unknown method {method!r}; there are {list(METHODS)}.")
-    options = {name: kwargs.pop(name) for name in _option_names(method) if name in kwargs}
+    known = _option_names(method)
+    if unknown := sorted((options or {}).keys() - set(known)):
+        raise TypeError(
+            f"log_marginal_likelihood: method={method!r} has no option {', '.join(map(repr, unknown))}. Its options "
+            f"are {', '.join(known)}."
+        )
+    options = dict(options or {})
+    model, guide, kwargs = _bound(model, guide, kwargs, method, known)
     if method == "importance":
         return importance(rng_key, model, *args, guide=guide, params=params, **options, **kwargs)
     if method == "smc":
@@ -97,6 +108,26 @@ def _by_smc(
     return Evidence(
         "smc", result.num_particles, value, error, ess, BatchPlates(), acceptance=jnp.asarray(result.acceptance)
     )
+
+
+def _bound(
+    model: Program, guide: Program | None, kwargs: dict[str, Any], method: str, options: list[str]
+) -> tuple[Program, Program | None, dict[str, Any]]:
+    """The programs, with those of their arguments bound that have the name of an option, and all other arguments.
+
+    :raises TypeError: for an option that is given as an argument of a model that does not take it.
+    """
+    shared = {name: value for name, value in kwargs.items() if name in options}
+    for name in shared:
+        if not takes(model, name):
+            raise TypeError(
+                f"log_marginal_likelihood: '{name}' is an option of method={method!r} and no argument of the model. "
+                f"Pass it as options={{'{name}': ...}}."
+            )
+    if shared:
+        rest = {name: value for name, value in kwargs.items() if name not in shared}
+        return partial(model, **shared), None if guide is None else partial(guide, **shared), rest
+    return model, guide, kwargs
 
 
 def _sampler(model: Program, guide: Program | None, **options: Any) -> Any:

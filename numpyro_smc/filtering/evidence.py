@@ -7,11 +7,13 @@ import jax
 from jax import Array
 
 from numpyro_smc.filtering.filter import ParticleFilter
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.sequence import Program
 
 
+@keeps_options_apart("model", "guide")
 def log_evidence(
     rng_key: Array,
     model: Program,

@@ -17,6 +17,7 @@ from numpyro_smc.filtering.result import FilterResult, History
 from numpyro_smc.filtering.streaming import FilterState
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.resample import Decision, build
 from numpyro_smc.programs.resampling import Scheme, resolve
@@ -129,6 +130,7 @@ class ParticleFilter:
 
     # ---- whole series -------------------------------------------------------------------------------------------
 
+    @keeps_options_apart("self.model", "self.guide")
     def run(self, rng_key: Array, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any) -> FilterResult:
         """Filter a whole series.
 
@@ -144,6 +146,7 @@ class ParticleFilter:
         result.check_finite()
         return result
 
+    @keeps_options_apart("self.model", "self.guide")
     def log_evidence(self, rng_key: Array, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any) -> Array:
         """The log evidence alone, ``[*batch]``: pure and differentiable,
         for use under ``jit``, ``grad`` and ``vmap``.
@@ -193,6 +196,7 @@ class ParticleFilter:
 
     # ---- one observation at a time ------------------------------------------------------------------------------
 
+    @keeps_options_apart("self.model", "self.guide")
     def init(self, rng_key: Array, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any) -> FilterState:
         """Draw the initial particles of a stream.
 
@@ -232,6 +236,7 @@ class ParticleFilter:
         """Write a running state to a file (``.npz``); :meth:`load` reads it back."""
         save_pytree(path, state._replace(program=None))
 
+    @keeps_options_apart("self.model", "self.guide")
     def load(self, path: Any, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any) -> FilterState:
         """Read a running state, given the arguments that :meth:`init` was given."""
         fresh = self.init(random.key(0), *args, params=params, **kwargs)

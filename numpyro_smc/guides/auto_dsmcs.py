@@ -19,6 +19,7 @@ from numpyro_smc.elbo.dsmcs import DSMCS
 from numpyro_smc.evidence.estimate import Evidence, log_mean_and_error
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.density import Params, Program
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.sites import Site, in_control_flow, is_latent, plate_scales
 from numpyro_smc.reports.annealing import AnnealingDiagnostics
 
@@ -117,6 +118,7 @@ class AutoDSMCS(AutoGuide):
         numpyro.factor(f"{self.prefix}_log_q", log_joint - jnp.sum(log_evidence))
         return values
 
+    @keeps_options_apart("self.model", "self.base")
     def sample_posterior(
         self, rng_key: Array, params: Params, *args: Any, sample_shape: tuple[int, ...] = (), **kwargs: Any
     ) -> dict[str, Array]:
@@ -126,6 +128,7 @@ class AutoDSMCS(AutoGuide):
         )
         return {name: value.reshape(*sample_shape, *value.shape[1:]) for name, value in draws.items()}
 
+    @keeps_options_apart("self.model", "self.base")
     def median(
         self, params: Params, *args: Any, rng_key: Array | None = None, num_samples: int = 1000, **kwargs: Any
     ) -> dict[str, Array]:
@@ -137,6 +140,7 @@ class AutoDSMCS(AutoGuide):
             return self._of_base("median")(params)
         return self._quantiles_of_draws(rng_key, params, 0.5, num_samples, args, kwargs)
 
+    @keeps_options_apart("self.model", "self.base")
     def quantiles(
         self,
         params: Params,
@@ -155,6 +159,7 @@ class AutoDSMCS(AutoGuide):
             return self._of_base("quantiles")(params, quantiles)
         return self._quantiles_of_draws(rng_key, params, jnp.asarray(quantiles), num_samples, args, kwargs)
 
+    @keeps_options_apart("self.model", "self.base")
     def log_evidence(
         self, rng_key: Array, params: Params, *args: Any, num_replicates: int = 64, **kwargs: Any
     ) -> Evidence:
@@ -168,6 +173,7 @@ class AutoDSMCS(AutoGuide):
         value, error, ess = log_mean_and_error(found)
         return Evidence("AutoDSMCS", num_replicates, value, error, ess, path.target.plates, jnp.mean(found, axis=0))
 
+    @keeps_options_apart("self.model", "self.base")
     def diagnostics(
         self, rng_key: Array, params: Params, *args: Any, num_runs: int = 16, **kwargs: Any
     ) -> AnnealingDiagnostics:

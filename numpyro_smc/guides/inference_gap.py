@@ -19,11 +19,11 @@ from numpyro_smc.guides.data_rows import DataRows, check_rows, data_rows, inspec
 from numpyro_smc.guides.gap_result import InferenceGap
 from numpyro_smc.guides.local import LocalOptimizer
 from numpyro_smc.guides.resumable import over_rows
-from numpyro_smc.programs import streams
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Params, Program, log_weights
 from numpyro_smc.programs.nonfinite import as_arrays
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.pareto import pareto_k
 
 EVIDENCE = {"best": ("ais", "iwae"), "ais": ("ais",), "iwae": ("iwae",), "smc": ("smc",)}
@@ -31,6 +31,7 @@ _USER = "inference_gap"
 _OF_OPTIMUM = ("elbo", "elbo_error", "iwae", "iwae_error", "num_steps", "converged")
 
 
+@keeps_options_apart("model", "guide")
 def inference_gap(
     rng_key: Array,
     model: Program,
@@ -132,7 +133,7 @@ def inference_gap(
         if "ais" in EVIDENCE[evidence]:
             found |= _by_ais(random.fold_in(keys[1], first), model, guide, params, part, options)
         if "smc" in EVIDENCE[evidence]:
-            found |= _by_smc(random.fold_in(keys[1], streams.TEMPERED), model, guide, params, part, first, options)
+            found |= _by_smc(keys[1], model, guide, params, part, first, options)
         for name, optimizer in optimizers.items():
             optimum = optimizer.batch(keys[2], model, guide, params, rows, first)
             found |= {f"{name}/{quantity}": np.asarray(optimum[quantity]) for quantity in _OF_OPTIMUM}
@@ -239,7 +240,7 @@ def _by_smc(
         args, kwargs = part.one([leaf[number] for leaf in part.rows])
         key = random.fold_in(rng_key, first + number)
         found = log_marginal_likelihood(
-            key, model, *args, method="smc", guide=guide, params=params, **options, **kwargs
+            key, model, *args, method="smc", guide=guide, params=params, options=options, **kwargs
         )
         values.append(found.value)
         errors.append(found.standard_error)

@@ -19,6 +19,7 @@ from numpyro_smc.programs.arguments import check_between, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Params, Program
 from numpyro_smc.programs.nonfinite import as_arrays
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.reports.summaries import mean_and_error
 
 _USER = "LocalOptimizer"
@@ -178,6 +179,7 @@ class LocalOptimizer:
         """The family's name."""
         return self.family if isinstance(self.family, str) else getattr(self.family, "__name__", "family")
 
+    @keeps_options_apart("model", "guide")
     def run(
         self,
         rng_key: Array,

@@ -25,6 +25,7 @@ from numpyro.util import is_prng_key
 from numpyro_smc.engines.particles import Move, ParticleState, Recursion, run
 from numpyro_smc.filtering.smoothing.genealogy import draw_final, follow, take, trace_back
 from numpyro_smc.filtering.smoothing.kernel import BackwardKernel, Step, steps_of
+from numpyro_smc.kernels.kernel_program import KernelProgram
 from numpyro_smc.programs.pinned import Path, path_sites, pin
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.replay import depends_on_past, transition_density
@@ -226,7 +227,7 @@ class ConditionalSMC(MCMCKernel):
 
     @property
     def model(self) -> Program:
-        return self._model
+        return KernelProgram(self._model, self.params) if self.params else self._model
 
     def read(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Sequence:
         """The program as the recursion sees it, checked for what conditional SMC needs."""

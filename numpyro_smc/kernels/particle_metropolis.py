@@ -20,10 +20,12 @@ from numpyro_smc.kernels.adaptation import Adaptation
 from numpyro_smc.kernels.correlated_noise import Noise
 from numpyro_smc.kernels.estimated_likelihood import EstimatedLikelihood
 from numpyro_smc.kernels.evidence_variance import EvidenceVariance, tune_num_particles
+from numpyro_smc.kernels.kernel_program import KernelProgram
 from numpyro_smc.kernels.pseudo_marginal import Place, Screen, Target, check_start
 from numpyro_smc.programs.arguments import check_between, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.global_latents import GlobalLatents, Values
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.sequence import Program
@@ -187,13 +189,17 @@ class ParticleMetropolis(MCMCKernel):
         self._forget()
 
     def __repr__(self) -> str:
-        name = getattr(self.model, "__name__", self.model)
+        name = getattr(self._likelihood.model, "__name__", self._likelihood.model)
         extra = f", correlation={self._correlation:g}" if self._correlation else ""
         return f"{type(self).__name__}({name}, num_particles={self.num_particles}{extra})"
 
     @property
     def model(self) -> Program:
-        return self._likelihood.model
+        """The program; run without keys at draws of parameters alone, it shows no likelihood of single observations."""
+        likelihood = self._likelihood
+        if likelihood.keep_paths and not likelihood.params:
+            return likelihood.model
+        return KernelProgram(likelihood.model, likelihood.params)
 
     @property
     def num_particles(self) -> int:
@@ -283,12 +289,13 @@ class ParticleMetropolis(MCMCKernel):
     def wrap_model(self, wrapper: Callable) -> ParticleMetropolis:
         """The same kernel for wrapped programs: the guide is conditioned on other sites as the model is."""
         guide = self._likelihood.guide
-        return self._with(model=wrapper(self.model), guide=None if guide is None else wrapper(guide))
+        return self._with(model=wrapper(self._likelihood.model), guide=None if guide is None else wrapper(guide))
 
     def get_constrain_fn(self, model_args: Any, model_kwargs: Any) -> Callable[[Values], Values]:
         """Values in their supports. Composite kernels also ask without giving values of the other blocks' sites."""
         kwargs, likelihood, names = model_kwargs or {}, self._likelihood, self._names
-        latents = GlobalLatents(self.model, model_args, kwargs, likelihood.params, names=names, user=likelihood.user)
+        model, params, user = likelihood.model, likelihood.params, likelihood.user
+        latents = GlobalLatents(model, model_args, kwargs, params, names=names, user=user)
         return lambda z: z | latents.constrain({name: z[name] for name in latents.names})
 
     def postprocess_fn(self, model_args: Any, model_kwargs: Any) -> Callable[[Values], Values]:
@@ -302,6 +309,7 @@ class ParticleMetropolis(MCMCKernel):
             f"acc. prob={float(state.mean_accept_prob):.2f}"
         )
 
+    @keeps_options_apart("self._likelihood.model")
     def tune(
         self,
         rng_key: Array,
@@ -387,7 +395,9 @@ class ParticleMetropolis(MCMCKernel):
         if not self._likelihood.keep_paths:
             return target.latents.values(parameters)
         values = path | target.latents.constrain(parameters)
-        given = handlers.substitute(handlers.seed(self.model, random.key(0)), data=self._likelihood.params | values)
+        given = handlers.substitute(
+            handlers.seed(self._likelihood.model, random.key(0)), data=self._likelihood.params | values
+        )
         with handlers.block():
             trace = handlers.trace(given).get_trace(*args, **kwargs)
         return values | {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}

@@ -20,11 +20,13 @@ from numpyro_smc.kernels.smc2_checks import (
     check_start,
     checked_increment,
     checked_until,
+    warn_of_stuck_parameters,
 )
 from numpyro_smc.kernels.smc2_progress import Progress, StepReport, load_progress, show
 from numpyro_smc.kernels.smc2_result import SMC2Result
 from numpyro_smc.kernels.smc2_stages import Filters, Moves, SMC2State, advance_all, exchange, rejuvenate, start
 from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme, resolve
 from numpyro_smc.programs.sequence import Program
@@ -181,6 +183,7 @@ class SMC2:
     def model(self) -> Program:
         return self._likelihood.model
 
+    @keeps_options_apart("self.model")
     def run(
         self,
         rng_key: Array,
@@ -219,6 +222,7 @@ class SMC2:
             progress = Progress(rng_key, state, np.zeros((0, 0)))
         return self._carry(progress, args, kwargs, until, progress_bar, checkpoint, checkpoint_every)
 
+    @keeps_options_apart("self.model")
     def resume(
         self,
         result: SMC2Result | str | os.PathLike,
@@ -243,6 +247,7 @@ class SMC2:
             progress = self._load(result, args, kwargs)
         return self._carry(progress, args, kwargs, until, progress_bar, checkpoint, checkpoint_every)
 
+    @keeps_options_apart("self.model")
     def load(self, path: str | os.PathLike, *args: Any, **kwargs: Any) -> SMC2Result:
         """Read a result that was saved, given the arguments of the model it was made with.
 
@@ -283,6 +288,7 @@ class SMC2:
             finally:
                 if checkpoint is not None and progress is not saved:
                     progress.save(checkpoint, self._settings)
+        warn_of_stuck_parameters(progress.column("acceptance"))
         return SMC2Result(progress, self._settings, length, interrupted)
 
     def _next(self, progress: Progress, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Progress:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import numpy as np
+from numpyro.util import find_stack_level
 
 from numpyro_smc.engines.checkpoint import check_folder
 from numpyro_smc.kernels.smc2_stages import PROPOSALS, SMC2State
 from numpyro_smc.programs.arguments import check_between, check_if_given, check_positive
+
+_LOW_ACCEPTANCE = 0.01
 
 
 def check_options(
@@ -45,6 +49,23 @@ def check_options(
         )
     if proposal not in PROPOSALS:
         raise ValueError(f"SMC2: unknown proposal={proposal!r}. Known: {', '.join(map(repr, PROPOSALS))}.")
+
+
+def stuck(acceptance: np.ndarray) -> np.ndarray:
+    """Whether hardly a move was accepted, by step; false where there were none."""
+    return np.nan_to_num(acceptance, nan=1.0) < _LOW_ACCEPTANCE
+
+
+def warn_of_stuck_parameters(acceptance: np.ndarray) -> None:
+    where, moved = stuck(acceptance), np.isfinite(acceptance).sum()
+    if where.any():
+        warnings.warn(
+            f"SMC2: at {where.sum()} of the {moved} steps whose parameters were moved, first at step "
+            f"{int(where.argmax())}, fewer than one move in a hundred was accepted: the parameters stand on the few "
+            f"values that resampling has left, and more state particles do not help. Use proposal='random_walk' or "
+            f"more moves, reparameterize sites that nearly determine each other, or use more parameter particles.",
+            stacklevel=find_stack_level(),
+        )
 
 
 def check_file(checkpoint: str | os.PathLike | None, checkpoint_every: int) -> None:

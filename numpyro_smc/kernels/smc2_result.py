@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, random
 
 from numpyro_smc.filtering.smoothing.genealogy import draw_final, take
+from numpyro_smc.kernels.smc2_checks import stuck
 from numpyro_smc.kernels.smc2_progress import LEVELS, Progress, Summary, last_states
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.programs.streams import reported_draws
@@ -64,6 +65,11 @@ class SMC2Result:
                 f"  {self.num_parameter_particles} parameter particles, moved at {moved.sum()} steps"
                 + (f", acceptance: lowest {self.acceptance[moved].min():.2f}" if moved.any() else "")
             )
+            if few := int(stuck(self.acceptance).sum()):
+                lines.append(
+                    f"  not to be trusted: at {few} of these steps fewer than one move in a hundred was accepted, so "
+                    f"that the parameters stand on few values"
+                )
             lines.append(
                 f"  state particles of each: {self.num_state_particles[0]} at first, {self.num_state_particles[-1]} in "
                 f"the end; effective sample size of the parameters: lowest {self.ess.min():.0f} at step "

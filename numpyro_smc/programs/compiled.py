@@ -44,6 +44,10 @@ class Compiled:
             cached = self.cache[(treedef, static)] = jax.jit(run)
         return cached(arrays)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What travels by pickle and copy: the function, to be compiled anew."""
+        return self.__dict__ | {"cache": {}}
+
     def num_compiled(self) -> int:
         """How many programs have been compiled, for tests of recompilation."""
         return sum(fn._cache_size() for fn in self.cache.values())  # type: ignore[attr-defined]

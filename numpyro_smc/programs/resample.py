@@ -254,7 +254,22 @@ def build(
         chosen_form = one if log_weights.ndim == 1 else many
         return chosen_form(rng_key, log_weights, particles, t, allowed, pivots)
 
-    return resample_cloud
+    by_name = scheme.name in available() and resolve(scheme.name) is scheme
+    recipe = (build, (scheme.name if by_name else scheme, resample, ess_threshold, gradient))
+    return _Composed(resample_cloud, recipe)
+
+
+class _Composed:
+    """A resampling function that travels by pickle as what it was composed of."""
+
+    def __init__(self, fn: Callable[..., Resampled], recipe: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
+        self.fn, self.recipe = fn, recipe
+
+    def __call__(self, *args: Any) -> Resampled:
+        return self.fn(*args)
+
+    def __reduce__(self) -> Any:
+        return self.recipe
 
 
 def no_conditional(scheme: Scheme) -> str:
@@ -294,4 +309,4 @@ def replace_dead(resample: ResampleFn | None) -> ResampleFn:
         log_weights = jnp.where(dead, -jnp.inf, new.log_weights)
         return new._replace(particles=jax.tree.map(replace, new.particles), log_weights=log_weights)
 
-    return replaced
+    return _Composed(replaced, (replace_dead, (resample,)))

@@ -13,6 +13,7 @@ from numpyro.infer.elbo import ELBO
 
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import log_weights
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.weights import effective_sample_size
 from numpyro_smc.reports.plots import new_axes
 
@@ -106,6 +107,7 @@ class GradientStatistics:
         return ax
 
 
+@keeps_options_apart("model", "guide")
 def gradient_statistics(
     rng_key: Array,
     loss: ELBO,

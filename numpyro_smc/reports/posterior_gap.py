@@ -13,6 +13,7 @@ from jax import Array, lax, random
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Pair, log_weights
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.sites import BatchPlates, Site, is_latent
 from numpyro_smc.programs.weights import normalise
 from numpyro_smc.reports.plots import new_axes
@@ -77,6 +78,7 @@ class BoundGap:
         return ax
 
 
+@keeps_options_apart("model", "guide")
 def kl_q_p(
     rng_key: Array,
     model: Program,
@@ -223,6 +225,7 @@ class ActiveUnits:
         return ax
 
 
+@keeps_options_apart("model", "guide")
 def active_units(
     rng_key: Array,
     model: Program,

@@ -74,5 +74,5 @@ def warn_of_stuck_particles(progress: Progress) -> None:
             f"SMCSampler: at {stuck.sum()} of {len(stuck)} temperatures fewer than one move in a hundred was accepted, "
             f"first at {temperature[stuck.argmax()]:.3g}: particles barely moved. Use more moves, another kernel, or a "
             f"smaller step_size.",
-            stacklevel=4,
+            stacklevel=5,
         )

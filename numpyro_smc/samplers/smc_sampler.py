@@ -16,6 +16,7 @@ from tqdm import tqdm
 from numpyro_smc.engines.checkpoint import check_folder
 from numpyro_smc.programs.arguments import check_if_given, check_positive
 from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.unconstrained import Program, Split, UnconstrainedModel
 from numpyro_smc.samplers import persistent as pooling
@@ -182,6 +183,7 @@ class SMCSampler:
         name = getattr(self.model, "__name__", self.model)
         return f"SMCSampler({name}, num_particles={self.num_particles}, moves={self._moves!r})"
 
+    @keeps_options_apart("self.model")
     def run(
         self,
         rng_key: Array,
@@ -216,6 +218,7 @@ class SMCSampler:
         progress, interrupted = self._carry(rng_key, program, progress_bar, checkpoint, checkpoint_every, resume=resume)
         return self._result(progress, program, interrupted)
 
+    @keeps_options_apart("self.model")
     def run_many(
         self,
         rng_key: Array,

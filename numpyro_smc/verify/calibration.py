@@ -15,6 +15,7 @@ from numpyro.diagnostics import effective_sample_size
 from numpyro.infer.mcmc import MCMCKernel
 
 from numpyro_smc.programs.arguments import check_between, check_positive
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.reports.uniformity import Uniformity, levels_of_ranks
 from numpyro_smc.verify.joint_model import Draw, JointModel, Program, Values, names_of_elements, raveled
 from numpyro_smc.verify.placement import KernelOf, PlacedKernel
@@ -60,6 +61,7 @@ class Calibration(Uniformity):
         return [line | {"ESS": float(number)} for line, number in zip(super().table(), ess, strict=True)]
 
 
+@keeps_options_apart("model")
 def sbc(
     rng_key: Array,
     kernel: KernelOf | Sampler,

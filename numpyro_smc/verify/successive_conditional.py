@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array, lax, random
 
 from numpyro_smc.programs.arguments import check_between, check_positive
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.reports.uniformity import Uniformity, levels_of_ranks
 from numpyro_smc.verify.joint_model import Draw, JointModel, Program, Values, names_of_elements, raveled
 from numpyro_smc.verify.placement import KernelOf, PlacedKernel
@@ -21,6 +22,7 @@ TestFunction = Callable[[Values], Array]
 _MEANING = ("too small after the kernel", "too large after the kernel")
 
 
+@keeps_options_apart("model")
 def geweke(
     rng_key: Array,
     kernel: KernelOf,

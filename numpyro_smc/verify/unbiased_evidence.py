@@ -13,6 +13,7 @@ from jax import Array, random
 from jax.typing import ArrayLike
 
 from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.pareto import LARGE_PARETO_K, pareto_k
 from numpyro_smc.reports.plots import new_axes
 from numpyro_smc.reports.tables import write_csv
@@ -132,6 +133,7 @@ class EvidenceCheck:
         return "unbiased" if abs(z) <= self.num_standard_errors else "biased"
 
 
+@keeps_options_apart("estimator")
 def check_unbiased_evidence(
     rng_key: Array,
     estimator: Estimator,

@@ -28,9 +28,9 @@ def guide(x, y, noise_scale):
 
 
 METHODS = {
-    "importance": {"num_samples": 1000, "guide": guide},
-    "ais": {"num_chains": 16, "num_temperatures": 400},
-    "smc": {"num_particles": 400, "moves": "rwmh"},
+    "importance": {"options": {"num_samples": 1000}, "guide": guide},
+    "ais": {"options": {"num_chains": 16, "num_temperatures": 400}},
+    "smc": {"options": {"num_particles": 400, "moves": "rwmh"}},
 }
 
 

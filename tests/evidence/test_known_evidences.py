@@ -35,9 +35,10 @@ def wide():
     static_targets.guide(MIXTURE)
 
 
-def estimates(method, model, *args, **options):
+def estimates(method, model, *args, guide=None, **options):
     keys = [random.key(i) for i in range(RUNS)]
-    return [log_marginal_likelihood(key, model, *args, method=method, **SIZES[method], **options) for key in keys]
+    settings = {"method": method, "guide": guide, "options": SIZES[method] | options}
+    return [log_marginal_likelihood(key, model, *args, **settings) for key in keys]
 
 
 def assert_right(found, truth, largest_error):
@@ -125,6 +126,6 @@ BIASED = [name for name in resampling.available() if not resampling.resolve(name
 def test_no_annealed_sampler_gives_an_evidence_by_a_biased_scheme(name):
     assert BIASED
     with pytest.raises(ValueError, match=f"SMCSampler: resampler '{name}'"):
-        log_marginal_likelihood(random.key(0), eight_schools.model, *SCHOOLS, method="smc", resampler=name)
+        log_marginal_likelihood(random.key(0), eight_schools.model, *SCHOOLS, method="smc", options={"resampler": name})
     with pytest.raises(ValueError, match=f"DSMCS: the {name} scheme is biased"):
         DSMCS(8, 4, resampler=name)

@@ -27,10 +27,10 @@ def guide(y, noise=0.0):
 
 ANNEALING = {"num_chains": 128, "num_temperatures": 20, "num_leapfrog": 4}
 CASES = {
-    "importance": {"num_samples": 4000, "guide": guide, "params": {"spread": 0.6}},
-    "ais": {"guide": guide, "params": {"spread": 0.6}, **ANNEALING},
-    "bidirectional": {"guide": guide, "params": {"spread": 0.6}, "num_simulated": 2, **ANNEALING},
-    "smc": {"num_particles": 500},
+    "importance": {"options": {"num_samples": 4000}, "guide": guide, "params": {"spread": 0.6}},
+    "ais": {"guide": guide, "params": {"spread": 0.6}, "options": ANNEALING},
+    "bidirectional": {"guide": guide, "params": {"spread": 0.6}, "options": {"num_simulated": 2, **ANNEALING}},
+    "smc": {"options": {"num_particles": 500}},
 }
 
 
@@ -47,7 +47,7 @@ def test_every_method_finds_the_evidence_of_the_student_t_toy(method):
 
 
 def test_other_keywords_go_to_the_programs():
-    options = {"num_samples": 500, "guide": guide, "params": {"spread": 0.6}}
+    options = {"options": {"num_samples": 500}, "guide": guide, "params": {"spread": 0.6}}
     values = [log_marginal_likelihood(random.key(1), toy, Y, **options, noise=n).value for n in (0.0, 1.0)]
     assert abs(values[0] - values[1]) > 0.1
 

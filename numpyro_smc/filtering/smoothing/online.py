@@ -16,6 +16,7 @@ from numpyro_smc.filtering.smoothing.runs import check_bound
 from numpyro_smc.filtering.streaming import FilterState, check_step, take_step
 from numpyro_smc.programs import streams
 from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class OnlineSmoother:
         name = getattr(self.functional, "__name__", str(self.functional))
         return f"OnlineSmoother({self.particle_filter!r}, {name}, num_backward_draws={self.num_backward_draws})"
 
+    @keeps_options_apart("self.particle_filter.model", "self.particle_filter.guide")
     def init(
         self, rng_key: Array, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any
     ) -> OnlineSmootherState:
