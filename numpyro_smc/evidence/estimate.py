@@ -16,6 +16,12 @@ from numpyro_smc.programs.weights import leave_one_out, normalise
 from numpyro_smc.reports.plots import new_axes
 
 LARGE_ERROR, SMALL_ESS, LOW_ACCEPTANCE = 0.5, 3.0, 0.15
+#: What a method takes for granted: where none of its draws have been, none of its weights is missing.
+_UNSEEN = {
+    "importance": "the guide reaches everywhere the posterior does",
+    "ais": "the chains reach everywhere the posterior does",
+    "smc": "the particles reach everywhere the posterior does",
+}
 FEW = 0.02  # share of the elements whose trouble does not condemn the whole
 
 
@@ -51,6 +57,7 @@ class Evidence:
       average, by about **shortfall**.
     - **pareto_k** - tail shape of the weights, of importance sampling; **acceptance**, **step_sizes**, **betas** - by
       temperature and element, of annealing; **certificate** - gap of the same chains on simulated data.
+    - **unresolved** - sites of which the guide is narrower than floating-point numbers resolve.
     - **verdict** - whether to trust it, in words; **concerns** - what speaks against it.
     """
 
@@ -67,6 +74,7 @@ class Evidence:
     betas: Array | None = None
     certificate: Any = field(default=None)
     bound: str = "lower"
+    unresolved: frozenset[str] = frozenset()
 
     @property
     def value(self) -> float:
@@ -106,6 +114,13 @@ class Evidence:
     def verdict(self) -> str:
         if self.num_samples < 2:
             return "No error can be stated from a single weight: use more."
+        if self.unresolved:
+            sites = ", ".join(f"'{name}'" for name in sorted(self.unresolved))
+            return (
+                f"Not to be trusted: the guide's draws of site {sites} are nearly all one and the same number. It is "
+                f"narrower than floating-point numbers resolve, and its density there is not that of its draws. Widen "
+                f"the guide, or train it in float64."
+            )
         concerns = "; ".join(self.concerns)
         remedies = {"importance": "a better guide, or annealing", "smc": "more particles or moves"}
         remedy = remedies.get(self.method, "more temperatures or chains, or a start from a fitted guide")
@@ -113,7 +128,8 @@ class Evidence:
             text = f"Not to be trusted: {concerns}. The value is likely too low. Use {remedy}."
         else:
             low, high = self.interval()
-            text = f"Trustworthy: the log evidence is in [{low:.6g}, {high:.6g}] (95%), the value a lower bound"
+            unseen = _UNSEEN.get(self.method, _UNSEEN["ais"])
+            text = f"Trustworthy if {unseen}, which no weight can tell: the log evidence is in [{low:.6g}, {high:.6g}] (95%), the value a lower bound"
             text += f" that is {self.shortfall:.2g} too low on average."
             text += f" But {concerns}: use {remedy} if these matter." if concerns else ""
         return text if self.certificate is None else f"{text} {self.certificate.verdict}"

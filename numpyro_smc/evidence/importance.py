@@ -5,19 +5,24 @@ from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 from numpyro.util import find_stack_level
 
 from numpyro_smc.evidence.estimate import Evidence, log_mean_and_error
+from numpyro_smc.programs import streams
 from numpyro_smc.programs.arguments import check_if_given, check_positive
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
-from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, log_weights
+from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, is_point, log_weights
 from numpyro_smc.programs.nonfinite import as_arrays, check_finite
 from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.pareto import LARGE_PARETO_K, pareto_k
+from numpyro_smc.programs.sites import is_latent
+
+_NUM_COMPARED, _FEWEST_DISTINCT = 64, 0.25
 
 
 @keeps_options_apart("model", "guide")
@@ -92,7 +97,35 @@ def importance(
             f"wider or better fitted guide, or AIS.",
             stacklevel=find_stack_level(),
         )
-    return Evidence("importance", num_samples, value, error, ess, found.plates, mean, pareto_k=jnp.asarray(k))
+    unresolved = frozenset[str]()
+    if guide is not None and num_samples > 1:
+        shares = _distinct(guide, min(num_samples, _NUM_COMPARED))(rng_key, params, args, kwargs)
+        unresolved = frozenset(name for name, share in shares.items() if share < _FEWEST_DISTINCT)
+    k = jnp.asarray(k)
+    return Evidence("importance", num_samples, value, error, ess, found.plates, mean, pareto_k=k, unresolved=unresolved)
+
+
+@lru_cache(maxsize=32)
+def _distinct(guide: Program, num: int) -> Compiled:
+    """A function to the smallest share of different numbers among ``num`` draws of an element, by continuous site."""
+
+    def share(values: Array) -> Array:
+        in_order = jnp.sort(values.reshape(num, -1), axis=0)
+        return jnp.min(jnp.sum(in_order[1:] != in_order[:-1], axis=0) + 1) / num
+
+    def shares(rng_key: Array, params: Params, args: Any, kwargs: Any) -> dict[str, Array]:
+        guide_key, plate_key = (random.fold_in(rng_key, stream) for stream in (streams.GUIDES, streams.PLATES))
+        pair = Pair(guide, guide, args, kwargs, plate_key, None, "importance")
+
+        def one(index: Array) -> dict[str, Array]:
+            sites = pair.draw(guide_key, index, params).trace
+            is_counted = {name: is_latent(site) and not is_point(site["fn"]) for name, site in sites.items()}
+            values = {name: jnp.asarray(site["value"]) for name, site in sites.items() if is_counted[name]}
+            return {n: v for n, v in values.items() if v.size and jnp.issubdtype(v.dtype, jnp.floating)}
+
+        return {name: share(values) for name, values in jax.vmap(one)(jnp.arange(num)).items()}
+
+    return Compiled(shares)
 
 
 @lru_cache(maxsize=32)

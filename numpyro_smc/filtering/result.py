@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -168,7 +169,7 @@ class FilterResult(Smoothing):
             raise ValueError(f"forecast: steps and num_samples must be positive, got {steps} and {num_samples}.")
         later = forecasting.later_inputs(self.filter, self.rng_key, self.program, self.history, steps, xs)
         timed = (self.num_steps + jnp.arange(steps), later)
-        run = self._compiled("forecast", lambda *args: forecasting.forecast(self.filter, *args))
+        run = self._compiled("forecast", partial(forecasting.forecast, self.filter))
         return run(rng_key, self.rng_key, self.program, self.history, timed, num_samples)
 
     # ---- reports ------------------------------------------------------------------------------------------------

@@ -117,7 +117,8 @@ def check_step(
         return
     state = after if before is None else before
     read_key, _ = random.split(state.rng_key)
-    sequence = _read(particle_filter, read_key, *state.program, data)
+    params, args, kwargs = state.program
+    sequence = _read(particle_filter, read_key, params, args, kwargs, data)
     if before is None:
         sites = not_finite(observed_values(sequence.model, -1))
         raise lost_particles(user, "before the first step", sites, after.increment)

@@ -7,7 +7,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from numpyro.primitives import Messenger
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 def keeps_options_apart(*programs: str) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:

@@ -265,8 +265,16 @@ class _Composed:
     def __init__(self, fn: Callable[..., Resampled], recipe: tuple[Callable[..., Any], tuple[Any, ...]]) -> None:
         self.fn, self.recipe = fn, recipe
 
-    def __call__(self, *args: Any) -> Resampled:
-        return self.fn(*args)
+    def __call__(
+        self,
+        rng_key: Array,
+        log_weights: Array,
+        particles: Any,
+        t: Array,
+        allowed: Array,
+        pivots: Array | None = None,
+    ) -> Resampled:
+        return self.fn(rng_key, log_weights, particles, t, allowed, pivots)
 
     def __reduce__(self) -> Any:
         return self.recipe

@@ -17,6 +17,7 @@ from numpyro_smc.engines.checkpoint import check_folder
 from numpyro_smc.programs.arguments import check_if_given, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.options import keeps_options_apart
+from numpyro_smc.programs.remade import Remade
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.unconstrained import Program, Split, UnconstrainedModel
 from numpyro_smc.samplers import persistent as pooling
@@ -37,7 +38,7 @@ from numpyro_smc.samplers.stages import advance_stages, next_limit
 from numpyro_smc.samplers.tempering import Settings
 
 
-class SMCSampler:
+class SMCSampler(Remade):
     r"""Tempered sequential Monte Carlo [1, 2]: posterior draws and the evidence of an unmodified NumPyro model.
 
     Particles are drawn from the prior :math:`\pi_0` (or from a fitted guide) and carried through
