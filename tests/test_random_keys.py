@@ -276,7 +276,7 @@ def estimator():
 
 def stored():
     with TemporaryDirectory() as folder:
-        data = nre().simulate_to(folder, KEY, 20, part_size=10, progress_bar=False)
+        data = nre().simulate_to(folder, KEY, 24, part_size=12, progress_bar=False)
         nre().train(OTHER, data=data, **TRAINING)
 
 
@@ -367,7 +367,7 @@ def shown(uses):
 
 
 ENTRIES = FILTERS | BOUNDS | EVIDENCES | RATIOS | CHECKS | KERNELS
-SLOW = ("AIS", "bidirectional", "LocalOptimizer", "inference_gap", "log_marginal_likelihood by ais")
+SLOW = ("AIS", "bidirectional", "LocalOptimizer", "inference_gap", "log_marginal_likelihood by ais", "NRE in rounds")
 
 
 @pytest.mark.parametrize("entry", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in ENTRIES])

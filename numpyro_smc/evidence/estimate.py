@@ -129,8 +129,9 @@ class Evidence:
         else:
             low, high = self.interval()
             unseen = _UNSEEN.get(self.method, _UNSEEN["ais"])
-            text = f"Trustworthy if {unseen}, which no weight can tell: the log evidence is in [{low:.6g}, {high:.6g}] (95%), the value a lower bound"
-            text += f" that is {self.shortfall:.2g} too low on average."
+            text = f"Trustworthy if {unseen}, which no weight can tell: the log evidence is in "
+            text += f"[{low:.6g}, {high:.6g}] (95%), the value a lower bound that is {self.shortfall:.2g} too low on "
+            text += "average."
             text += f" But {concerns}: use {remedy} if these matter." if concerns else ""
         return text if self.certificate is None else f"{text} {self.certificate.verdict}"
 

@@ -36,7 +36,7 @@ def search_strata(weights: Array, offsets: Array, num_samples: int) -> Array:
 
 
 def expected_offspring_up_to(weights: Array, num_samples: int) -> tuple[Array, Array]:
-    r""":math:`n \sum_{j \le i} w_j / \sum_j w_j`: whole part, int32 ``[N]``, and fraction in [0, 1), float ``[N]``."""
+    r""":math:`n \sum_{j \le i} w_j / \sum_j w_j`: whole part, int32 ``[N]``, and fraction in [0, 1], float ``[N]``."""
     total = jnp.sum(weights)
     expected = weights * (num_samples / jnp.where(total > 0, total, 1.0))
     whole = jnp.floor(expected)
