@@ -102,9 +102,7 @@ def test_one_dead_series_of_a_plate_is_enough():
 
 
 def test_what_is_observed_before_the_scan_is_looked_at_first():
-    with pytest.raises(
-        FloatingPointError, match="ParticleFilter.init: all particles have weight zero before the first"
-    ):
+    with pytest.raises(FloatingPointError, match="init: all particles have weight zero before the first step"):
         ParticleFilter(before, 20).init(random.key(0), jnp.zeros(1), 0.0)
 
 
