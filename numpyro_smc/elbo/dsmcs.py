@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import jax
@@ -153,12 +154,7 @@ class DSMCS(ELBO):
 
         if self._has_score:
             guide = learned_score.with_score(guide, self.plates, self.schedule.num_transitions)
-
-        def annealed_guide(*args: Any, **kwargs: Any) -> Any:
-            self.schedule.declare()
-            return guide(*args, **kwargs)
-
-        return annealed_guide
+        return partial(_annealed_guide, self.schedule, guide)
 
     def loss_with_mutable_state(  # type: ignore[override]
         self, rng_key: Array, param_map: Params, model: Program, guide: Program, *args: Any, **kwargs: Any
@@ -266,3 +262,8 @@ class DSMCS(ELBO):
                 f"'step_size' out of `learn`.",
                 stacklevel=find_stack_level(),
             )
+
+
+def _annealed_guide(schedule: Any, guide: Program, *args: Any, **kwargs: Any) -> Any:
+    schedule.declare()
+    return guide(*args, **kwargs)

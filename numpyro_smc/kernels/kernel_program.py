@@ -11,10 +11,10 @@ from numpyro_smc.programs.sites import is_latent, is_observed
 
 
 class KernelProgram:
-    """A model as its kernel has it: with the values that the kernel holds.
+    """A model that, run without random keys, has the values that its kernel holds.
 
     A chain of parameters alone has no likelihood of single observations, which would need the states that were
-    integrated out. Run without random keys, at draws that lack latents (as ``log_likelihood`` does, and ArviZ with it),
+    integrated out. At draws that lack latents (as ``log_likelihood`` does, and ArviZ with it),
     the program then shows no observed site, in place of failing at the first latent that it is not given.
 
     :param model: the user's program, which it equals.
@@ -32,9 +32,9 @@ class KernelProgram:
         return hash(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        program = handlers.substitute(self.model, data=self.params)
         if any(isinstance(handler, handlers.seed) for handler in _PYRO_STACK):
-            return program(*args, **kwargs)
+            return self.model(*args, **kwargs)
+        program = handlers.substitute(self.model, data=self.params)
         given: set[str] = set()
         for handler in _PYRO_STACK:
             if isinstance(handler, handlers.substitute | handlers.condition):

@@ -24,7 +24,8 @@ def keeps_options_apart(*programs: str) -> Callable[[Callable[_P, _R]], Callable
 
         @wraps(fn)
         def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            given = [name for name in kwargs if name in options or name in positional[: len(args)]]
+            own = options | set(positional[: len(args)])
+            given = [name for name, value in kwargs.items() if name in own and value is not None]
             if given:
                 bound = dict(zip(positional, args, strict=False)) | kwargs
                 num_args = max(len(args) - len(positional), 0)

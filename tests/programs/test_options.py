@@ -124,9 +124,12 @@ def test_every_public_function_with_options_and_a_programs_keywords_is_in_the_ta
         for member, function in members:
             if inspect.isfunction(function) and not member.startswith("_"):
                 kinds = [p.kind for p in inspect.signature(function).parameters.values()]
-                if inspect.Parameter.VAR_KEYWORD in kinds and inspect.Parameter.VAR_POSITIONAL in kinds:
-                    if inspect.Parameter.KEYWORD_ONLY in kinds:
-                        found.add(function.__qualname__)
+                if set(kinds) >= {
+                    inspect.Parameter.VAR_KEYWORD,
+                    inspect.Parameter.VAR_POSITIONAL,
+                    inspect.Parameter.KEYWORD_ONLY,
+                }:
+                    found.add(function.__qualname__)
     same = {"ParticleFilter.load", "AutoDSMCS.median", "AutoDSMCS.quantiles", "AutoDSMCS.sample_posterior"}
     assert found - same == {call.function.__qualname__ for call in CALLS.values()} - same
 
@@ -173,9 +176,7 @@ def test_an_option_given_as_an_argument_of_the_model_is_refused_with_the_way_to_
         TypeError, match=r"'num_chains' is an option of method='ais' and no argument of the model. Pass"
     ):
         smc.log_marginal_likelihood(KEY, rows, 2, method="ais", num_chains=4)
-    with pytest.raises(
-        TypeError, match="method='smc' has no option 'num_chains'. Its options are num_particles, moves"
-    ):
+    with pytest.raises(TypeError, match="method='smc' has no option 'num_chains'"):
         smc.log_marginal_likelihood(KEY, rows, 2, method="smc", options={"num_chains": 4})
 
 
