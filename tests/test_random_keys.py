@@ -2,9 +2,11 @@
 
 from functools import cache
 from tempfile import TemporaryDirectory
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro
 import numpyro.distributions as dist
 import optax
@@ -14,8 +16,10 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import HMC, SVI
 
 import numpyro_smc as smc
+from numpyro_smc.programs.streams import reported_draws
 from numpyro_smc.ratio import diagnostics
 from numpyro_smc.ratio.networks import mlp
+from numpyro_smc.verify import calibration, gradient, successive_conditional, unbiased_evidence
 from tests.recorded_keys import repeats, uses_of_keys
 from tests.verify import conjugate_kernels
 
@@ -124,7 +128,7 @@ def smoothed_online(backward):
         state = smoother.update(state, y_t)
 
 
-def gradient(loss, model, guide, **params):
+def differentiated(loss, model, guide, **params):
     params = {name: jnp.asarray(value) for name, value in params.items()}
     jax.grad(lambda p: loss.loss(KEY, p, model, guide, Y))(params)
 
@@ -182,21 +186,21 @@ FILTERS = {
 
 BOUNDS = {
     **{
-        f"FIVO {how}": lambda how=how: gradient(
+        f"FIVO {how}": lambda how=how: differentiated(
             smc.FIVO(4, resample="always", resampling_gradient=how), path, proposal, gain=0.4, curve=0.1
         )
         for how in ("none", "score", "score_rb", "stop_gradient")
     },
-    "SIXO": lambda: gradient(smc.SIXO(4, resample="always"), path, proposal, gain=0.4, curve=0.1),
-    "SIXO by density ratios": lambda: gradient(
+    "SIXO": lambda: differentiated(smc.SIXO(4, resample="always"), path, proposal, gain=0.4, curve=0.1),
+    "SIXO by density ratios": lambda: differentiated(
         smc.SIXO(4, twist_training="dre", twist_prefix="curve", twist_batch_size=3), path, proposal, gain=0.4, curve=0.1
     ),
     **{
-        type(loss).__name__: lambda loss=loss: gradient(loss, data, encoder, gain=0.4)
+        type(loss).__name__: lambda loss=loss: differentiated(loss, data, encoder, gain=0.4)
         for loss in (smc.IWELBO(3), smc.STL(3), smc.DReG(3))
     },
     **{
-        type(loss).__name__: lambda loss=loss: gradient(loss, coins, coins_encoder, slope=0.4)
+        type(loss).__name__: lambda loss=loss: differentiated(loss, coins, coins_encoder, slope=0.4)
         for loss in (smc.Reinforce(3), smc.VIMCO(3), smc.OVIS(3), smc.RWS(3), smc.TVO(3))
     },
     "DSMCS": lambda: trained(smc.DSMCS(2, 1, num_mc=1, remat=None)),
@@ -302,18 +306,46 @@ RATIOS = {
     "mean_ratio": lambda: diagnostics.mean_ratio(estimator(), OTHER, X, 8),
 }
 
+
+def by_loop(function, rng_key, number, *, batch_size=None):
+    """Replicates without ahead-of-time compilation, which there is none of without ``jit``."""
+    found = [function(key) for key in random.split(rng_key, number)]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *found)
+
+
+def checked(module, check, *args, **kwargs):
+    with mock.patch.object(module, "replicates", by_loop):
+        getattr(module, check)(KEY, *args, **kwargs)
+
+
 CHECKS = {
-    "check_unbiased_evidence": lambda: smc.verify.check_unbiased_evidence(
-        KEY, smc.ParticleFilter(path, 2, history=False), Y, reference=smc.ParticleFilter(path, 4), num_replicates=50
+    "check_unbiased_evidence": lambda: checked(
+        unbiased_evidence,
+        "check_unbiased_evidence",
+        lambda key: smc.IWELBO(2).loss(key, {"gain": 0.4}, data, encoder, Y),
+        reference=lambda key: smc.IWELBO(4).loss(key, {"gain": 0.4}, data, encoder, Y),
+        num_replicates=5,
     ),
-    "check_gradient": lambda: smc.verify.check_gradient(
-        KEY, lambda key, p: smc.IWELBO(2).loss(key, p, data, encoder, Y), {"gain": 0.4}, num_replicates=25
+    "check_gradient": lambda: checked(
+        gradient,
+        "check_gradient",
+        lambda key, p: smc.IWELBO(2).loss(key, p, data, encoder, Y),
+        {"gain": 0.4},
+        num_replicates=25,
     ),
-    "geweke": lambda: smc.verify.geweke(
-        KEY, conjugate_kernels.Autoregressive, conjugate_kernels.model, observed="y", num_replicates=30, num_steps=2
+    "geweke": lambda: checked(
+        successive_conditional,
+        "geweke",
+        conjugate_kernels.Autoregressive,
+        conjugate_kernels.model,
+        observed="y",
+        num_replicates=3,
+        num_steps=2,
+        num_fresh=5,
     ),
-    "verify.sbc": lambda: smc.verify.sbc(
-        KEY,
+    "verify.sbc": lambda: checked(
+        calibration,
+        "sbc",
         lambda key, values: {"z": values["y"] + random.normal(key, (4, 2))},
         conjugate_kernels.model,
         observed="y",
@@ -375,3 +407,31 @@ def test_no_key_is_used_twice(entry):
     found = uses_of_keys(ENTRIES[entry])
     assert found
     assert [shown(uses) for uses in repeats(found) if not is_replay(uses)] == []
+
+
+def test_folds_that_meet_the_parts_of_a_split_are_found():
+    """The recorder sees the three ways to use a key twice, and not those that are none."""
+
+    def split_and_folded():
+        random.split(KEY), random.fold_in(KEY, 1)
+
+    def drawn_and_split():
+        random.normal(KEY), random.split(KEY)
+
+    def drawn_twice():
+        random.normal(KEY), random.uniform(KEY)
+
+    def independent():
+        random.split(KEY, 3), random.fold_in(KEY, 3), random.fold_in(KEY, 0x736D6F6F)
+
+    assert (random.key_data(random.split(KEY)[1]) == random.key_data(random.fold_in(KEY, 1))).all()
+    assert [len(repeats(uses_of_keys(call))) for call in (split_and_folded, drawn_and_split, drawn_twice)] == [1, 1, 1]
+    assert not repeats(uses_of_keys(independent))
+
+
+def test_draws_from_a_finished_run_are_not_those_of_a_run_from_key_zero():
+    result = smc.ParticleFilter(path, 4, resample="always").run(random.key(0), Y)
+    ours = uses_of_keys(lambda: result.to_arviz(num_samples=2))
+    assert not ours  # of keys that stem from random.key(0), as the run's do, none is counted: compared one by one below
+    run, reported = random.split(random.key(0)), random.split(reported_draws())
+    assert not np.isin(random.key_data(reported), random.key_data(run)).any()

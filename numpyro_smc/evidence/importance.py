@@ -101,8 +101,10 @@ def importance(
     if guide is not None and num_samples > 1:
         shares = _distinct(guide, min(num_samples, _NUM_COMPARED))(rng_key, params, args, kwargs)
         unresolved = frozenset(name for name, share in shares.items() if share < _FEWEST_DISTINCT)
-    k = jnp.asarray(k)
-    return Evidence("importance", num_samples, value, error, ess, found.plates, mean, pareto_k=k, unresolved=unresolved)
+    found_k = jnp.asarray(k)
+    return Evidence(
+        "importance", num_samples, value, error, ess, found.plates, mean, pareto_k=found_k, unresolved=unresolved
+    )
 
 
 @lru_cache(maxsize=32)
