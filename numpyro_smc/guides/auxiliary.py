@@ -17,7 +17,7 @@ from numpyro.primitives import Messenger
 from numpyro_smc.guides.flow import encode, rows_of
 from numpyro_smc.guides.transforms.affine_coupling import AffineCouplingTransform, coupling_flow
 from numpyro_smc.guides.transforms.amortised import network
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_callable, check_positive
 from numpyro_smc.programs.density import Program
 
 #: From a vector and the context (``None`` without one) to ``(loc, scale)`` of a Gaussian; may state parameters.
@@ -97,6 +97,7 @@ class AuxiliaryFlowGuide:
         plate: str | None = "data",
     ) -> None:
         check_positive("AuxiliaryFlowGuide", aux_dim=aux_dim, num_transforms=num_transforms, hidden=hidden)
+        check_callable("AuxiliaryFlowGuide", encoder=encoder)
         self.encoder, self.aux_dim, self.num_transforms, self.hidden = encoder, aux_dim, num_transforms, hidden
         self.reverse_net, self.forward_net = reverse_net, forward_net
         self.site, self.plate = site, plate
