@@ -44,7 +44,7 @@ def in_chunks(model: Any, num_particles: int, batch_size: int | None) -> Feynman
     """
     check_if_given("chunks of particles", batch_size=batch_size)
     if batch_size is not None and num_particles % batch_size:
-        raise ValueError(f"batch_size={batch_size} must divide num_particles={num_particles}.")
+        raise ValueError(f"batch_size={batch_size} must be positive and divide num_particles={num_particles}.")
     if batch_size is None or model is None or batch_size == num_particles:
         return model
     return _InChunks(model, batch_size)

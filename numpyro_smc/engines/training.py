@@ -187,6 +187,7 @@ def fit(
         needs_data=False,
         may_lack="any",
         argument="init_params",
+        may_reshape=True,
     )
     chunk_size = chunk_size or math.ceil(num_steps / 50)
     checkpoint_every = _period("checkpoint", checkpoint, checkpoint_every, num_steps)

@@ -66,12 +66,10 @@ def log_evidence(
             model, num_particles, guide, resampler, resample, ess_threshold, allow_biased, batch_size
         )
     particle_filter.check_unbiased("log_evidence")
-    rng_key, params, args, kwargs = checked_call(
-        "log_evidence", rng_key, model, guide, params, args, kwargs, options=(log_evidence,)
-    )
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((rng_key, params, args, kwargs))):
-        return particle_filter.log_evidence(rng_key, *args, params=params, **kwargs)
-    return particle_filter.run(rng_key, *args, params=params, **kwargs).log_evidence
+    call = checked_call("log_evidence", rng_key, model, guide, params, args, kwargs, options=(log_evidence,))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(call)):
+        return particle_filter.log_evidence(call.rng_key, *call.args, params=call.params, **call.kwargs)
+    return particle_filter.filtered(call).log_evidence
 
 
 @lru_cache(maxsize=32)

@@ -137,7 +137,11 @@ class ParticleFilter:
         :return: the evidence, weights, particles and ancestors, with methods for smoothing and forecasts.
         :raises FloatingPointError: if all weights are zero or not a number at some step, naming the step and the sites.
         """
-        rng_key, params, args, kwargs = self._checked(rng_key, params, args, kwargs, ParticleFilter.run)
+        return self.filtered(self._checked(rng_key, params, args, kwargs, ParticleFilter.run))
+
+    def filtered(self, call: Call) -> FilterResult:
+        """:meth:`run` of a call that has been checked."""
+        rng_key, params, args, kwargs = call
         log_evidence, history = self._compiled_run(rng_key, params, args, kwargs)
         result = FilterResult(self, rng_key, (params, args, kwargs), log_evidence, history)
         result.check_finite()

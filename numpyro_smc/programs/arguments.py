@@ -38,7 +38,8 @@ def check_number(user: str, interval: str, remedy: str = "", **numbers: Any) -> 
         above = is_real and (number > low or (interval[0] == "[" and number == low))
         below = is_real and (number < high or (interval[-1] == "]" and number == high))
         if not (above and below):
-            raise ValueError(f"{user}: {name} must be a number in {interval}, got {number!r}. {remedy}".strip())
+            where = "be positive" if interval.startswith("(0, inf") else f"lie in {interval}"
+            raise ValueError(f"{user}: {name} must {where}, got {number!r}. {remedy}".strip())
 
 
 def check_callable(user: str, **functions: Any) -> None:

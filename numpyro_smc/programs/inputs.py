@@ -7,6 +7,7 @@ constraints, sites) is kept for the next call with arguments of the same shapes.
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +50,17 @@ class _Known(NamedTuple):
     observes: bool
 
 
+class _Rules(NamedTuple):
+    """What an entry asks of a call; see :func:`check_program`."""
+
+    needs_data: bool
+    may_lack: str
+    may_be_nan: bool
+    may_reshape: bool
+
+
 _KEPT: dict[Any, _Known | None] = {}
+_PASSED: dict[Any, dict[str, Any]] = {}
 
 
 def checked_call(
@@ -70,7 +81,7 @@ def checked_call(
     :raises TypeError: if the key is none.
     """
     rng_key = one_key(user, rng_key)
-    args, kwargs, params = as_data(user, args), as_data(user, kwargs), as_params(user, params)
+    (args, kwargs), params = as_data(user, (args, kwargs)), as_params(user, params)
     check_program(user, model, guide, params, args, kwargs, options=options, needs_data=needs_data, may_lack=may_lack)
     return Call(rng_key, params, args, kwargs)
 
@@ -87,6 +98,8 @@ def check_program(
     needs_data: bool = True,
     may_lack: str = "all",
     argument: str = "params",
+    may_be_nan: bool = False,
+    may_reshape: bool = False,
 ) -> None:
     """Programs can be called with the arguments, and every name of ``params`` is one of theirs, with a value that fits.
 
@@ -99,24 +112,63 @@ def check_program(
     :param needs_data: whether a model that observes nothing is an error.
     :param may_lack: which parameters may have no value: ``"all"`` of them or none, ``"any"``, or ``"none"``.
     :param argument: what the user calls ``params``.
+    :param may_be_nan: whether values may be no numbers; **may_reshape** - have other shapes than the initial ones.
     :raises TypeError: naming program and argument, if it cannot be called so.
     :raises ValueError: naming the parameter, if it is unknown, missing, of another shape or outside its constraint.
     """
     guide = None if isinstance(guide, Bootstrap) and guide.model is model else guide
     programs = {"model": model} if guide is None else {"model": model, "guide": guide}
-    for role, program in programs.items():
-        if not callable(program):
-            raise TypeError(f"{user}: {role} must be a NumPyro program, a function, got {program!r}.")
-        check_arguments(user, program, args, kwargs, options)
-    if not params and not needs_data and may_lack != "none":
-        return
-    known = _known(programs, params, args, kwargs)
-    if known is None or _fault(known, params, needs_data, may_lack) is None:
-        return
-    # What the programs close over may have changed since they were looked at.
-    known = _known(programs, params, args, kwargs, anew=True)
-    if known is not None and (fault := _fault(known, params, needs_data, may_lack)) is not None:
+    rules = _Rules(needs_data, may_lack, may_be_nan, may_reshape)
+    outline: Any
+    try:
+        outline = (model, guide, rules, _outline((args, kwargs)), _outline(params))
+        valued = _PASSED.get(outline)
+    except TypeError:  # something that is not hashable, which is refused where it is compiled
+        outline = valued = None
+    if valued is None:
+        for role, program in programs.items():
+            if not callable(program):
+                raise TypeError(f"{user}: {role} must be a NumPyro program, a function, got {program!r}.")
+            check_arguments(user, program, args, kwargs, options)
+        valued = {}
+        if outline is not None and (params or needs_data or may_lack == "none"):
+            valued = _checked_params(user, argument, programs, params, args, kwargs, rules)
+        if outline is not None:
+            _keep(_PASSED, outline, valued)
+    for name, support in valued.items():
+        _check_value(user, argument, name, params[name], support, rules)
+
+
+def _checked_params(
+    user: str, argument: str, programs: dict[str, Program], params: Params, args: Any, kwargs: Any, rules: _Rules
+) -> dict[str, Any]:
+    """Supports of the parameters whose values are to be looked at, once their names and shapes are in order."""
+    known: dict[str, _Known] = {}
+    for anew in (False, True):  # what the programs close over may have changed since they were looked at
+        known = _known(programs, params, args, kwargs, anew=anew)
+        if "model" not in known:
+            return {}
+        if len(known) < len(programs):  # names of the guide are not known
+            params, rules = {}, rules._replace(may_lack="all")
+        fault = _fault(known, params, rules)
+        if fault is None:
+            break
+    if fault is not None:
         raise ValueError(f"{user}: {fault.replace('params', argument, 1)}")
+    sites = [site for program in known.values() for site in (program.parameters | program.latents).items()]
+    return {name: support for name, (_, support) in sites if name in params and support not in (None, *_REAL)}
+
+
+def _outline(tree: Any) -> tuple[Any, ...]:
+    """What a program that is compiled for a tree depends on."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, tuple((leaf.shape, leaf.dtype) if is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+
+
+def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
+    kept[key] = value
+    if len(kept) > _MAX_KEPT:
+        del kept[next(iter(kept))]
 
 
 # ---- keys --------------------------------------------------------------------------------------------------------
@@ -124,8 +176,8 @@ def check_program(
 
 def one_key(user: str, rng_key: Any) -> Array:
     """:raises TypeError: unless it is a single key of JAX's, typed or of two numbers."""
-    dtype, shape = getattr(rng_key, "dtype", None), np.shape(rng_key)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    dtype, shape = getattr(rng_key, "dtype", None), getattr(rng_key, "shape", ())
+    if _is_key_type(dtype):
         found = f"{shape} of them" if shape else ""
     elif dtype == jnp.uint32 and shape[-1:] in ((2,), (4,)):  # as random.PRNGKey makes them
         found = f"{shape[:-1]} of them" if len(shape) > 1 else ""
@@ -136,11 +188,18 @@ def one_key(user: str, rng_key: Any) -> Array:
     raise TypeError(f"{user}: rng_key must be one random key, got {found}. Give jax.random.key(0), say.")
 
 
+@lru_cache(maxsize=64)
+def _is_key_type(dtype: Any) -> bool:
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
 # ---- data --------------------------------------------------------------------------------------------------------
 
 
 def as_data(user: str, tree: Any) -> Any:
     """Series, tables and lists of real numbers as arrays; everything else as it is."""
+    if not any(map(_is_data, jax.tree.leaves(tree, is_leaf=_is_data))):
+        return tree
     return jax.tree.map(lambda leaf: _as_array(user, leaf), tree, is_leaf=_is_data)
 
 
@@ -266,24 +325,16 @@ def check_names(user: str, argument: str, given: Iterable[str], known: Iterable[
 
 def _known(
     programs: dict[str, Program], params: Params, args: Any, kwargs: Any, *, anew: bool = False
-) -> dict[str, _Known] | None:
-    """What is known of each program; ``None`` if one of them does not run abstractly."""
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    outline = tuple((leaf.shape, str(leaf.dtype)) if is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+) -> dict[str, _Known]:
+    """What is known of the programs that run abstractly."""
     found = {}
     for role, program in programs.items():
-        key = (program, treedef, outline)
-        try:
-            if anew or key not in _KEPT:
-                _KEPT[key] = _look_at(program, params, args, kwargs)
-        except TypeError:  # something that is not hashable, which is refused where it is compiled
-            return None
+        key = (program, _outline((args, kwargs)))
+        if anew or key not in _KEPT:
+            _keep(_KEPT, key, _look_at(program, params, args, kwargs))
         known = _KEPT[key]
-        while len(_KEPT) > _MAX_KEPT:
-            del _KEPT[next(iter(_KEPT))]
-        if known is None:
-            return None
-        found[role] = known
+        if known is not None:
+            found[role] = known
     return found
 
 
@@ -325,14 +376,17 @@ def _shape_and(site: Site, where: str) -> tuple[tuple[int, ...] | None, Any]:
     """Shape and support of a site, which keep nothing of the run: supports that depend on it are unknown."""
     value = site["value"]
     shape = jnp.shape(value) if isinstance(value, jax.Array | np.ndarray | float | int) else None
-    support = site["kwargs"].get("constraint", constraints.real) if where == "kwargs" else site["fn"].support
+    try:
+        support = site["kwargs"].get("constraint", constraints.real) if where == "kwargs" else site["fn"].support
+    except NotImplementedError:
+        support = None
     parts = jax.tree.leaves(support)
     return shape, None if any(isinstance(part, jax.core.Tracer) for part in parts) else support
 
 
-def _fault(known: dict[str, _Known], params: Params, needs_data: bool, may_lack: str) -> str | None:
+def _fault(known: dict[str, _Known], params: Params, rules: _Rules) -> str | None:
     """What is wrong with parameters, if anything is."""
-    if needs_data and not known["model"].observes:
+    if rules.needs_data and not known["model"].observes:
         return (
             f"nothing is observed: every site of the model is latent ({_listed(known['model'].latents)}), so there is "
             f"no evidence, and the posterior is the prior. Pass the data (obs=), or condition the model on them."
@@ -348,37 +402,33 @@ def _fault(known: dict[str, _Known], params: Params, needs_data: bool, may_lack:
                 f"params has a value for '{name}', and there is no such site in {' and '.join(known)}.{meant} The "
                 f"names there are {_listed([*owners, *latents])}."
             )
-    some = may_lack == "all" and len(missing) < len(owners)
-    if missing and (some or may_lack == "none"):
+    some = rules.may_lack == "all" and len(missing) < len(owners)
+    if missing and (some or rules.may_lack == "none"):
         return (
             f"params has no value for parameter '{missing[0]}' of the {owners[missing[0]]}, which would stay as it was "
             f"initialised. Pass all trained parameters, as svi.get_params(state) returns them."
         )
     for program in known.values():
-        for name, (shape, support) in (program.parameters | program.latents).items():
-            if name in params and (fault := _fault_of_value(name, params[name], shape, support)):
-                return fault
+        for name, (shape, _) in (program.parameters | program.latents).items():
+            value: Any = params.get(name)
+            if shape is not None and is_array(value) and value.shape != shape and not rules.may_reshape:
+                return (
+                    f"params gives '{name}' the shape {value.shape}, but the program makes it {shape}. Give a value of "
+                    f"that shape, or start the site at one of the shape meant."
+                )
     return None
 
 
-def _fault_of_value(name: str, value: Any, shape: tuple[int, ...] | None, support: Any) -> str | None:
-    if not is_array(value):
-        return None  # the parameters of a network
-    if shape is not None and value.shape != shape:
-        return (
-            f"params gives '{name}' the shape {value.shape}, but the program makes it {shape}. Give a value of that "
-            f"shape, or start the site at one of the shape meant."
-        )
-    if isinstance(value, jax.core.Tracer) or value.size > _MAX_LOOKED_AT or value.dtype.kind not in "biuf":
-        return None
+def _check_value(user: str, argument: str, name: str, value: Any, support: Any, rules: _Rules) -> None:
+    """:raises ValueError: naming the parameter, if its value is known and outside its constraint."""
+    if not is_array(value) or isinstance(value, jax.core.Tracer) or value.size > _MAX_LOOKED_AT:
+        return
     numbers = np.asarray(value)
-    if np.isnan(numbers).any():
-        return f"params gives '{name}' a value that is not a number: {_short(numbers)}."
-    if support is None or support in _REAL or np.all(support(numbers)):
-        return None
-    return (
-        f"params gives '{name}' the value {_short(numbers)}, outside its constraint {support}. Give a constrained "
-        f"value, as svi.get_params(state) returns it."
+    if np.all(support(numbers)) or (rules.may_be_nan and np.isnan(numbers).any()):
+        return
+    raise ValueError(
+        f"{user}: {argument} gives '{name}' the value {_short(numbers)}, outside its constraint {support}. Give a "
+        f"constrained value, as svi.get_params(state) returns it."
     )
 
 

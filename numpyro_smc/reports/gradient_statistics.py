@@ -14,7 +14,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro_smc.programs.arguments import check_if_given, check_number, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import log_weights
-from numpyro_smc.programs.inputs import checked_call
+from numpyro_smc.programs.inputs import as_data, as_params, check_program, one_key
 from numpyro_smc.programs.weights import effective_sample_size
 from numpyro_smc.reports.plots import new_axes
 
@@ -181,9 +181,20 @@ def gradient_statistics(
     check_number("gradient_statistics", "[0, inf)", min_variance=min_variance)
     if not isinstance(loss, ELBO):
         raise TypeError(f"gradient_statistics: loss must be an ELBO, such as IWELBO(num_particles=10), got {loss!r}.")
-    rng_key, params, args, kwargs = checked_call(
-        "gradient_statistics", rng_key, model, guide, params, args, kwargs, options=(gradient_statistics,)
-    )
+    rng_key, params = one_key("gradient_statistics", rng_key), as_params("gradient_statistics", params)
+    args, kwargs = as_data("gradient_statistics", (args, kwargs))
+    if type(loss).__module__.startswith(("numpyro_smc.", "numpyro.")):  # others may have parameters of their own
+        check_program(
+            "gradient_statistics",
+            model,
+            guide,
+            params,
+            args,
+            kwargs,
+            options=(gradient_statistics,),
+            needs_data=False,
+            may_be_nan=True,
+        )
     selected = _select(params, names)
     if oracle is not None and (missing := [name for name in selected if name not in oracle]):
         raise ValueError(f"gradient_statistics: oracle has no gradient of {missing}; it has {list(oracle)}.")

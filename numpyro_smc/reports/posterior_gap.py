@@ -281,7 +281,7 @@ def active_units(
     """
     check_positive("active_units", num_samples=num_samples, batch_size=1 if batch_size is None else batch_size)
     rng_key, params, args, kwargs = checked_call(
-        "active_units", rng_key, model, guide, params, args, kwargs, options=(active_units,)
+        "active_units", rng_key, model, guide, params, args, kwargs, options=(active_units,), needs_data=False
     )
     check_number("active_units", "[0, inf)", threshold=threshold)
     variances = _compiled_variances(model, guide, num_samples, batch_size)

@@ -273,7 +273,7 @@ CALLED = {
     "fit": (
         lambda **options: smc.fit(**{"svi": _SVI, "rng_key": KEY, "num_steps": 4, "x": Y} | options),
         {"num_steps": positive, "chunk_size": positive, "svi": ["svi"], "rng_key": [3, None]}
-        | {"init_params": [{"aa": 0.3}, {"a": jnp.zeros(3)}, {"c": -1.0}], "evaluate": [3], "log": [3]},
+        | {"init_params": [{"aa": 0.3}, {"c": -1.0}], "evaluate": [3], "log": [3]},
     ),
     "check_gradient": (
         lambda **options: verify.check_gradient(**{"rng_key": KEY, "value": lambda key, p: p, "params": 1.0} | options),
