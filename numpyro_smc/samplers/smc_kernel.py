@@ -146,7 +146,7 @@ class SMCKernel(MCMCKernel):
             self._sampler = SMCSampler(self._model, num_particles, **self._options)
         temper_key, stand_key, run_key = random.split(rng_key[0], 3)
         program = self._program(model_args, model_kwargs)
-        check_program("SMCKernel", self._model, self._sampler.guide, *program, options=(SMCSampler,))
+        check_program("SMCKernel", self._model, self._sampler.guide, *program, options=(SMCSampler,), needs_data=False)
         progress, interrupted = self._sampler._carry(temper_key, program, self._progress_bar)
         if interrupted:
             raise KeyboardInterrupt

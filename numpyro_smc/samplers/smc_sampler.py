@@ -16,7 +16,7 @@ from tqdm import tqdm
 from numpyro_smc.engines.checkpoint import check_folder
 from numpyro_smc.programs.arguments import check_callable, check_if_given, check_positive
 from numpyro_smc.programs.compiled import Compiled
-from numpyro_smc.programs.inputs import Call, as_data, as_params, checked_call, one_key
+from numpyro_smc.programs.inputs import Call, as_data, as_params, check_program, checked_call, one_key
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.unconstrained import Program, Split, UnconstrainedModel
 from numpyro_smc.samplers import persistent as pooling
@@ -252,7 +252,9 @@ class SMCSampler:
     def _checked(self, rng_key: Any, params: Any, args: Any, kwargs: Any, *methods: Callable[..., Any]) -> Call:
         params = self.guide_params | as_params("SMCSampler", params)
         options = (SMCSampler, *methods)
-        return checked_call("SMCSampler", rng_key, self.model, self.guide, params, args, kwargs, options=options)
+        return checked_call(
+            "SMCSampler", rng_key, self.model, self.guide, params, args, kwargs, options=options, needs_data=False
+        )
 
     def _carry(
         self,
@@ -272,6 +274,7 @@ class SMCSampler:
             progress = saved = progress.load(checkpoint, self._description)
         else:
             self._check_start(split, state, program)
+            check_program("SMCSampler", self.model, self.guide, *program)  # something is observed
         interrupted, limit = False, 1
         with tqdm(total=1.0, bar_format=BAR_FORMAT, disable=not progress_bar) as bar:
             try:
