@@ -208,6 +208,7 @@ class ParticleFilter:
             cloud=recursion.state.cloud,
             global_values=sequence.global_values,
             bound=sequence.bound(log_evidence),
+            combined=dict.fromkeys(sequence.combined) if history else {},
         )
 
     # ---- one observation at a time ------------------------------------------------------------------------------
@@ -236,6 +237,8 @@ class ParticleFilter:
         :param data: observations by site name, for models that are conditioned from outside.
         :return: the new state.
         """
+        if not isinstance(state, FilterState):
+            raise TypeError(f"ParticleFilter.update: state must be that of init, load or update, got {state!r}.")
         x, guide_x, data = as_data("ParticleFilter", (x, guide_x, data))
         arrays = state._replace(program=None)
         new = self._compiled_update(arrays, state.program, x, x if guide_x is None else guide_x, data or {})

@@ -11,6 +11,8 @@ from jax import Array, random
 
 from numpyro_smc.filtering import forecasting
 from numpyro_smc.filtering.smoothing.questions import Smoothing
+from numpyro_smc.programs.arguments import check_number, check_positive, checked_levels
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.reports.arviz_export import inference_data
 from numpyro_smc.reports.plots import plot_filter
 
@@ -27,6 +29,8 @@ class History(NamedTuple):
       (``log_weights``).
     - **log_weights** ``[N, *batch]`` and **cloud**: the final particles.
     - **global_values**: the global latents of this run. **bound**: the objective, scales included.
+    - **combined**: names (without values) of deterministic sites that are not of one problem each, as a total over the
+      elements of a plate: they have values along paths only.
     """
 
     increments: Array
@@ -40,6 +44,7 @@ class History(NamedTuple):
     cloud: Any
     global_values: dict[str, Array]
     bound: Array
+    combined: dict[str, None]
 
 
 class FilterResult(Smoothing):
@@ -129,6 +134,7 @@ class FilterResult(Smoothing):
 
         :param log_weights: as of :meth:`mean`.
         """
+        levels = checked_levels("quantile", q)
         values, weights, axis = self._weighted(site, log_weights)
         weights = jnp.broadcast_to(weights, values.shape)
         order = jnp.argsort(values, axis=axis)
@@ -142,8 +148,7 @@ class FilterResult(Smoothing):
             index = jnp.minimum(below, values.shape[axis] - 1)
             return jnp.squeeze(jnp.take_along_axis(values, index, axis), axis)
 
-        levels = jnp.asarray(q)
-        return jax.vmap(one)(levels.reshape(-1)).reshape(levels.shape + one(jnp.asarray(0.5)).shape)
+        return jax.vmap(one)(jnp.asarray(levels).reshape(-1)).reshape(levels.shape + one(jnp.asarray(0.5)).shape)
 
     # ---- forecasts ----------------------------------------------------------------------------------------------
 
@@ -159,8 +164,8 @@ class FilterResult(Smoothing):
         :return: by site, ``[num_samples, steps, ...]``.
         :raises ValueError: if the body needs inputs that are not given.
         """
-        if steps < 1 or num_samples < 1:
-            raise ValueError(f"forecast: steps and num_samples must be positive, got {steps} and {num_samples}.")
+        check_positive("forecast", steps=steps, num_samples=num_samples)
+        rng_key = one_key("forecast", rng_key)
         later = forecasting.later_inputs(self.filter, self.rng_key, self.program, self.history, steps, xs)
         timed = (self.num_steps + jnp.arange(steps), later)
         run = self._compiled("forecast", lambda *args: forecasting.forecast(self.filter, *args))
@@ -196,6 +201,7 @@ class FilterResult(Smoothing):
         :param log_weights: as of :meth:`mean`; smoothed bands with :meth:`smoothing_log_weights`.
         """
         self._need_history("plot")
+        check_number("plot", "(0, 1)", probability=probability)
         site = next(iter(self.history.steps["values"])) if site is None else site
         tail = (1.0 - probability) / 2.0
         bands = np.asarray(self.quantile(site, jnp.array([tail, 0.5, 1.0 - tail]), log_weights))
@@ -230,6 +236,7 @@ class FilterResult(Smoothing):
 
     def _weighted(self, site: str, log_weights: Array | None = None) -> tuple[Array, Array, int]:
         """Values of a site, weights that sum to one and broadcast with them, and the particle axis."""
+        self._check_of_elements(site)
         if site not in self.particles:
             raise KeyError(f"No site '{site}' in this filter. Known: {', '.join(sorted(self.particles))}.")
         initial = site in self.history.initial["values"] and site not in self.history.steps["values"]

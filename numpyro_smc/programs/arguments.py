@@ -42,6 +42,17 @@ def check_number(user: str, interval: str, remedy: str = "", **numbers: Any) -> 
             raise ValueError(f"{user}: {name} must {where}, got {number!r}. {remedy}".strip())
 
 
+def checked_levels(user: str, q: Any) -> np.ndarray:
+    """Levels of quantiles as an array.
+
+    :raises ValueError: unless all are numbers in [0, 1].
+    """
+    levels = np.asarray(q)
+    if levels.dtype.kind not in "iuf" or not np.all((levels >= 0) & (levels <= 1)):
+        raise ValueError(f"{user}: q must be levels in [0, 1], got {q!r}. The median is q=0.5.")
+    return levels.astype(np.float64)
+
+
 def check_callable(user: str, **functions: Any) -> None:
     """:raises TypeError: unless each is a function or a program; the message names user and argument."""
     for name, function in functions.items():

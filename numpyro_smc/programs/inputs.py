@@ -318,7 +318,7 @@ def check_names(user: str, argument: str, given: Iterable[str], known: Iterable[
     for name in given:
         if name not in known:
             raise ValueError(
-                f"{user}: {argument} has a value for '{name}', and there is no such parameter.{_meant(name, known)} "
+                f"{user}: {argument} has a value for '{name}', and there is no such site.{_meant(name, known)} "
                 f"The names there are {_listed(known)}."
             )
 

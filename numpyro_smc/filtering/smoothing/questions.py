@@ -17,6 +17,8 @@ from numpyro_smc.filtering.smoothing.pairs import Functional
 from numpyro_smc.filtering.smoothing.runs import check_bound, expectation_of, repeat, summarise
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.inputs import one_key
+from numpyro_smc.programs.replay import along_paths
 
 if TYPE_CHECKING:
     from numpyro_smc.filtering.filter import ParticleFilter
@@ -71,12 +73,13 @@ class Smoothing:
         3. *On backward smoothing algorithms*, H.-D. Dau, N. Chopin (2023)
         """
         self._need_history("sample_posterior")
-        if num_samples < 1:
-            raise ValueError(f"sample_posterior: num_samples must be positive, got {num_samples}.")
+        check_positive("sample_posterior", num_samples=num_samples)
+        rng_key = one_key("sample_posterior", rng_key)
         if method in ("genealogy", "backward_mcmc"):
             self._need_genealogy(f"sample_posterior(method={method!r})")
         if method == "genealogy":
-            return self._compiled("genealogy", genealogy.sample_paths)(rng_key, self.history, num_samples)
+            sample = self._compiled("genealogy", partial(_genealogical_paths, self.filter))
+            return sample(rng_key, self.rng_key, self.program, self.history, num_samples)
         if method not in _BACKWARD:
             raise ValueError(f"Unknown method={method!r}. Use 'genealogy', {', '.join(map(repr, _BACKWARD))}.")
         # As an array: another bound is then no other program to compile.
@@ -168,10 +171,12 @@ class Smoothing:
         check_positive("smooth", num_repeats=num_repeats)
         self._check_method(method, options, "smooth")
         known = self._site_names()
+        if isinstance(functional, str):
+            self._check_of_elements(functional)
         if isinstance(functional, str) and functional not in known[0] | known[1]:
             raise KeyError(f"No site '{functional}' in this filter. Known: {', '.join(sorted(known[0] | known[1]))}.")
 
-        key = random.fold_in(self.rng_key, 1) if rng_key is None else rng_key
+        key = random.fold_in(self.rng_key, 1) if rng_key is None else one_key("smooth", rng_key)
         asked = (functional, additive, self.rng_key, key, self.program, num_repeats, method, options)
         answers = self._compiled("smooth", partial(_smooth, self.filter))(*asked)
         what = functional if isinstance(functional, str) else getattr(functional, "__name__", "functional")
@@ -236,7 +241,7 @@ class Smoothing:
         self._check_method(method, options, "score")
         names = scores.chosen_names(self.program[0], sites)
 
-        key = random.fold_in(self.rng_key, 2) if rng_key is None else rng_key
+        key = random.fold_in(self.rng_key, 2) if rng_key is None else one_key("score", rng_key)
         asked = (names, self.rng_key, key, self.program, num_repeats, method, options)
         answers = self._compiled("score", partial(_score, self.filter))(*asked)
         return summarise("score", answers, "score", method, self.filter.num_particles, False)
@@ -247,6 +252,15 @@ class Smoothing:
         by_ancestors = method == "paris" and options.get("backward", "mcmc") == "mcmc"
         if method in NEED_GENEALOGY or by_ancestors:
             self._need_genealogy(f"{user}(method={method!r})")
+
+    def _check_of_elements(self, site: str) -> None:
+        """:raises ValueError: for deterministic sites that no particle of one problem has a value of."""
+        if site in self.history.combined:
+            raise ValueError(
+                f"Deterministic site '{site}' does not start with the axes of the plates whose elements are filtered "
+                f"as independent problems, so it belongs to no particle of one element and has no weights. Take its "
+                f"values along paths, sample_posterior(...)['{site}'], or state it per element in the plate."
+            )
 
     def _need_history(self, what: str) -> None:
         if self.history.steps is None:
@@ -287,7 +301,15 @@ def _backward_paths(
 ) -> tuple[dict[str, Array], Array]:
     kernel = backward_kernel(read(particle_filter, filter_key, program, history), history, "sample_posterior")
     first, path, wrong = backward.sample_indices(rng_key, kernel, backward_draw(kernel, *options), num_samples)
-    return genealogy.follow(history, first, path), wrong
+    # What is computed from a path is that of the path drawn, not of the particles' own pasts.
+    return along_paths(kernel.sequence, genealogy.follow(history, first, path)), wrong
+
+
+def _genealogical_paths(
+    particle_filter: Any, rng_key: Array, filter_key: Array, program: Any, history: Any, num_samples: int
+) -> dict[str, Array]:
+    paths = genealogy.sample_paths(rng_key, history, num_samples)
+    return along_paths(read(particle_filter, filter_key, program, history), paths) if history.combined else paths
 
 
 def _marginal_log_weights(
