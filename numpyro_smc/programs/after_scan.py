@@ -37,6 +37,11 @@ class AfterScan:
         self.plates = plates
         self.observed = observed
 
+    def log_probs(self, outputs: Any, carry: Any) -> dict[str, Array]:
+        """Log densities of the observed sites, not split over time, given the scan's stacked outputs and last carry."""
+        after = _run_after(self.program, self.args, outputs, carry, self.length, Fixed({}), None, set())
+        return {name: after[name]["fn"].log_prob(after[name]["value"]) for name in (*self.split, *self.last)}
+
     def log_density(self, t: Array, output: Any, carry: Any, given: Fixed, plates: BatchPlates) -> Array:
         """Log density of the t-th factor for one particle, of the shape of the enclosing plates.
 

@@ -15,6 +15,7 @@ from numpyro_smc.filtering.smoothing.methods import NEED_GENEALOGY, backward_dra
 from numpyro_smc.filtering.smoothing.pairs import Functional
 from numpyro_smc.filtering.smoothing.runs import check_bound, expectation_of, repeat, summarise
 from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.replay import along_paths
 
 if TYPE_CHECKING:
     from numpyro_smc.filtering.filter import ParticleFilter
@@ -74,7 +75,8 @@ class Smoothing:
         if method in ("genealogy", "backward_mcmc"):
             self._need_genealogy(f"sample_posterior(method={method!r})")
         if method == "genealogy":
-            return self.filter._compiled_answer(_genealogy_paths, rng_key, self.history, num_samples)
+            question = (_genealogical_paths, rng_key, self.rng_key, self.program, self.history, num_samples)
+            return self.filter._compiled_answer(*question)
         if method not in _BACKWARD:
             raise ValueError(f"Unknown method={method!r}. Use 'genealogy', {', '.join(map(repr, _BACKWARD))}.")
         # As an array: another bound is then no other program to compile.
@@ -166,6 +168,8 @@ class Smoothing:
         check_positive("smooth", num_repeats=num_repeats)
         self._check_method(method, options, "smooth")
         known = self._site_names()
+        if isinstance(functional, str):
+            self._check_of_elements(functional)
         if isinstance(functional, str) and functional not in known[0] | known[1]:
             raise KeyError(f"No site '{functional}' in this filter. Known: {', '.join(sorted(known[0] | known[1]))}.")
 
@@ -246,6 +250,15 @@ class Smoothing:
         if method in NEED_GENEALOGY or by_ancestors:
             self._need_genealogy(f"{user}(method={method!r})")
 
+    def _check_of_elements(self, site: str) -> None:
+        """:raises ValueError: for deterministic sites that no particle of one problem has a value of."""
+        if site in self.history.combined:
+            raise ValueError(
+                f"Deterministic site '{site}' does not start with the axes of the plates whose elements are filtered "
+                f"as independent problems, so it belongs to no particle of one element and has no weights. Take its "
+                f"values along paths, sample_posterior(...)['{site}'], or state it per element in the plate."
+            )
+
     def _need_history(self, what: str) -> None:
         if self.history.steps is None:
             raise ValueError(
@@ -266,10 +279,6 @@ class Smoothing:
         return frozenset(self.history.initial["values"]), frozenset(self.history.steps["values"])
 
 
-def _genealogy_paths(_: Any, rng_key: Array, history: Any, num_samples: int) -> dict[str, Array]:
-    return genealogy.sample_paths(rng_key, history, num_samples)
-
-
 def _smooth(particle_filter: Any, functional: Functional | str, additive: bool, *args: Any) -> Any:
     return repeat(particle_filter, "smooth", expectation_of(functional, additive), *args)
 
@@ -283,7 +292,15 @@ def _backward_paths(
 ) -> tuple[dict[str, Array], Array]:
     kernel = backward_kernel(read(particle_filter, filter_key, program, history), history, "sample_posterior")
     first, path, wrong = backward.sample_indices(rng_key, kernel, backward_draw(kernel, *options), num_samples)
-    return genealogy.follow(history, first, path), wrong
+    # What is computed from a path is that of the path drawn, not of the particles' own pasts.
+    return along_paths(kernel.sequence, genealogy.follow(history, first, path)), wrong
+
+
+def _genealogical_paths(
+    particle_filter: Any, rng_key: Array, filter_key: Array, program: Any, history: Any, num_samples: int
+) -> dict[str, Array]:
+    paths = genealogy.sample_paths(rng_key, history, num_samples)
+    return along_paths(read(particle_filter, filter_key, program, history), paths) if history.combined else paths
 
 
 def _marginal_log_weights(
