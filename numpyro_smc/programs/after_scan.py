@@ -15,7 +15,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import Half, Overwrite
-from numpyro_smc.programs.scans import Fixed, Scan, Trace, is_scan, run_step
+from numpyro_smc.programs.scans import Fixed, Scan, Trace, holds_sites, is_scan, names_in_scan, run_step
 from numpyro_smc.programs.sites import BatchPlates, in_control_flow, is_latent, log_density, plate_indices
 
 
@@ -28,18 +28,20 @@ class AfterScan:
         program: Callable[..., Any],
         args: Any,
         length: int,
+        number: int,
         split: list[str],
         last: list[str],
         plates: frozenset[str] = frozenset(),
         observed: dict[str, Array] | None = None,
     ) -> None:
-        self.program, self.args, self.length, self.split, self.last = program, args, length, split, last
+        self.program, self.args, self.length, self.number = program, args, length, number
+        self.split, self.last = split, last
         self.plates = plates
         self.observed = observed
 
     def log_probs(self, outputs: Any, carry: Any) -> dict[str, Array]:
         """Log densities of the observed sites, not split over time, given the scan's stacked outputs and last carry."""
-        after = _run_after(self.program, self.args, outputs, carry, self.length, Fixed({}), None, set())
+        after = _run_after(self.program, self.args, outputs, carry, self.length, self.number, Fixed({}), None, set())
         return {name: after[name]["fn"].log_prob(after[name]["value"]) for name in (*self.split, *self.last)}
 
     def log_density(self, t: Array, output: Any, carry: Any, given: Fixed, plates: BatchPlates) -> Array:
@@ -52,11 +54,15 @@ class AfterScan:
             sliced = jax.tree.map(lambda x: jnp.asarray(x)[t][None] if _is_series(x, self.length) else x, self.args)
             outputs = jax.tree.map(lambda x: jnp.asarray(x)[None], output)
             names = set(plates.names)
-            after = _run_after(self.program, sliced, outputs, carry, self.length, given, t, names, self.observed)
+            after = _run_after(
+                self.program, sliced, outputs, carry, self.length, self.number, given, t, names, self.observed
+            )
             total = total + sum(log_density(after[name], plates) for name in self.split)
         if self.last:
             outputs = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.length, *jnp.shape(x))), output)
-            after = _run_after(self.program, self.args, outputs, carry, self.length, given, None, set(plates.names))
+            after = _run_after(
+                self.program, self.args, outputs, carry, self.length, self.number, given, None, set(plates.names)
+            )
             factor = sum(log_density(after[name], plates) for name in self.last)
             total = total + jnp.where(t == self.length - 1, factor, 0.0)
         return total
@@ -73,7 +79,9 @@ def read_after_scan(
     output, last_carry = _output_shapes(half)
 
     def rest(outputs: Any, carry: Any, **latents: Array) -> dict[str, Array]:
-        after = _run_after(program, None, outputs, carry, half.scan.length, Overwrite(latents), None, set())
+        after = _run_after(
+            program, None, outputs, carry, half.scan.length, half.scan.number, Overwrite(latents), None, set()
+        )
         for name, site in after.items():
             if is_latent(site):
                 names.append(name)
@@ -111,29 +119,44 @@ def read_after_scan(
                 f"uses the states) or before the scan."
             )
     plates = frozenset.intersection(*frames)
-    after = AfterScan(_with_arguments(program), (args, kwargs), half.scan.length, split, last, plates)
+    after = AfterScan(_with_arguments(program), (args, kwargs), half.scan.length, half.scan.number, split, last, plates)
     if split:
         _check_split(after, half, user)
     return after
 
 
 class _PassScan(Messenger):
-    """Let the program run past its scan with given outputs, and note which sites come after it."""
+    """Let the program run past its scan with given outputs, and note which sites come after it.
 
-    def __init__(self, outputs: Any, carry: Any) -> None:
+    :param number: of scans without sites before it.
+    """
+
+    def __init__(self, outputs: Any, carry: Any, number: int) -> None:
         super().__init__(None)
         self.result = (outputs, carry)
+        self.ahead = number
         self.passed = False
 
     def process_message(self, msg: dict[str, Any]) -> None:
-        if is_scan(msg):
-            if self.passed:
-                raise ValueError("The program has two scans. Merge them into one: one step function, one carry.")
-            self.passed = True
-            outputs, carry = self.result
-            msg["value"] = ((jnp.asarray(0), None, carry), (PytreeTrace({}), outputs))
-        elif self.passed:
+        if self.passed:
             msg["after scan"] = True
+            if is_scan(msg) and holds_sites(msg):
+                raise ValueError(
+                    f"The program has two scans with sites: in the first {_quoted(self.first)}, in the second "
+                    f"{_quoted(msg)}. Merge them into one: one step function, one carry. What needs no site may stand "
+                    f"in a scan of its own, before, inside or after it."
+                )
+        elif is_scan(msg):
+            if self.ahead == 0:
+                self.passed = True
+                self.first = dict(msg)
+                outputs, carry = self.result
+                msg["value"] = ((jnp.asarray(0), None, carry), (PytreeTrace({}), outputs))
+            self.ahead -= 1
+
+
+def _quoted(scan: dict[str, Any]) -> str:
+    return ", ".join(f"'{name}'" for name in names_in_scan(scan)) or "keys drawn by hand"
 
 
 class _SliceTime(Messenger):
@@ -180,12 +203,13 @@ def _run_after(
     outputs: Any,
     carry: Any,
     length: int,
+    number: int,
     given: Fixed,
     t: Array | None,
     keep: set[str],
     observed: dict[str, Array] | None = None,
 ) -> Trace:
-    passing = _PassScan(outputs, carry)
+    passing = _PassScan(outputs, carry, number)
     draws = CloudDraws(random.key(0))
     slicing = Messenger() if t is None else _SliceTime(t, length, keep, passing, observed)
     with handlers.block(), handlers.trace() as trace, draws, given, passing, slicing:
@@ -210,8 +234,9 @@ def _output_shapes(half: Half) -> tuple[Any, Any]:
 class _SimulateAfter(Messenger):
     """Note what a program's scan returns, and draw the observed sites after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__(None)
+        self.ahead = number
         self.outputs: Any = None
         self.carry: Any = None
         self.passed = False
@@ -221,9 +246,10 @@ class _SimulateAfter(Messenger):
             msg["value"], msg["is_observed"] = None, False
 
     def postprocess_message(self, msg: dict[str, Any]) -> None:
-        if is_scan(msg):
+        if is_scan(msg) and not self.passed:
+            self.passed = self.ahead == 0
+            self.ahead -= 1
             (_, _, self.carry), (_, self.outputs) = msg["value"]
-            self.passed = True
 
 
 def _check_split(after: AfterScan, half: Half, user: str) -> None:
@@ -254,7 +280,7 @@ def _check_split(after: AfterScan, half: Half, user: str) -> None:
     inner = handlers.substitute(program.fn.func, data=known)
 
     def both() -> dict[str, tuple[Array, Array]]:
-        simulate = _SimulateAfter()
+        simulate = _SimulateAfter(after.number)
         with handlers.block(), handlers.trace() as trace, handlers.seed(rng_seed=random.key(1)), simulate:
             inner(*args, **kwargs)
         prefix = {name: site for name, site in trace.items() if name in half.prefix}
@@ -263,7 +289,9 @@ def _check_split(after: AfterScan, half: Half, user: str) -> None:
         drawn = {name: trace[name]["value"] for name in after.split}
 
         def factor(name: str, t: Array, output: Any) -> Array:
-            one = AfterScan(lambda a, k: inner(*a, **k), (args, kwargs), after.length, [name], [], observed=drawn)
+            one = AfterScan(
+                lambda a, k: inner(*a, **k), (args, kwargs), after.length, after.number, [name], [], observed=drawn
+            )
             return one.log_density(t, output, simulate.carry, given, BatchPlates())
 
         def factors(name: str) -> Array:

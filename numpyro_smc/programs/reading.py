@@ -63,7 +63,7 @@ def read_sequence(
     guide_half, path, bound_guide = None, {}, None
     if guide is not None:
         bound_guide = handlers.substitute(partial(guide, *args, **kwargs), data=params)
-        guide_trace, guide_scan = run_prefix(bound_guide, CloudDraws(guide_key))
+        guide_trace, guide_scan = run_prefix(bound_guide, CloudDraws(guide_key), is_guide=True)
         if guide_scan is not None:
             guide_half = read_half(bound_guide, guide_trace, guide_scan)
             read_after_scan(bound_guide, guide_half, args, kwargs, is_guide=True, user=user)
