@@ -188,6 +188,7 @@ class ParticleFilter:
             cloud=recursion.state.cloud,
             global_values=sequence.global_values,
             bound=sequence.bound(log_evidence),
+            combined=dict.fromkeys(sequence.combined) if history else {},
         )
 
     # ---- one observation at a time ------------------------------------------------------------------------------

@@ -27,6 +27,8 @@ class History(NamedTuple):
       (``log_weights``).
     - **log_weights** ``[N, *batch]`` and **cloud**: the final particles.
     - **global_values**: the global latents of this run. **bound**: the objective, scales included.
+    - **combined**: names (without values) of deterministic sites that are not of one problem each, as a total over the
+      elements of a plate: they have values along paths only.
     """
 
     increments: Array
@@ -40,6 +42,7 @@ class History(NamedTuple):
     cloud: Any
     global_values: dict[str, Array]
     bound: Array
+    combined: dict[str, None]
 
 
 class FilterResult(Smoothing):
@@ -230,6 +233,12 @@ class FilterResult(Smoothing):
 
     def _weighted(self, site: str, log_weights: Array | None = None) -> tuple[Array, Array, int]:
         """Values of a site, weights that sum to one and broadcast with them, and the particle axis."""
+        if site in self.history.combined:
+            raise ValueError(
+                f"Deterministic site '{site}' does not start with the axes of the plates whose elements are filtered "
+                f"as independent problems, so it belongs to no particle of one element and has no filtering weights. "
+                f"Take its values along paths, sample_posterior(...)['{site}'], or state it per element in the plate."
+            )
         if site not in self.particles:
             raise KeyError(f"No site '{site}' in this filter. Known: {', '.join(sorted(self.particles))}.")
         initial = site in self.history.initial["values"] and site not in self.history.steps["values"]

@@ -24,8 +24,8 @@ class Half:
     - **prefix** - trace of the sites before the scan, drawn once; **scan** - its scan statement.
     - **step_sites** - messages of one step (shapes, plates and flags are meaningful, values are not).
     - **carry_dtypes**, **carry_tree** - the carry's types after promotion, its structure.
-    - **moving** - for each carry leaf, whether it differs between particles; **batch_axes** - for each that does, its axes
-      that run over the enclosing plates. :meth:`split` moves them to the front, :meth:`merge` moves them back.
+    - **moving** - for each carry leaf, whether it differs between particles; **batch_axes** - for each that does, its
+      axes that run over the enclosing plates. :meth:`split` moves them to the front, :meth:`merge` moves them back.
     - **latents** - names of the latent sites before the scan. **reach** - those that reach the steps other than through
       the carry. **uses** - for each sample site before the scan, the latents its density depends on.
     - **particle_latents** - latents that belong to each particle, once :meth:`settle` has been told the global ones.
@@ -173,6 +173,14 @@ class Overwrite(Fixed):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+
+
+class OverwriteAll(Overwrite):
+    """Replace the values of any sites, those whose data end at some step included."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
 
 

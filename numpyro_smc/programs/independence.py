@@ -1,9 +1,9 @@
 """Whether the elements of a plate are independent problems, proved from the program.
 
-NumPyro's plate says that its elements are independent given what stands outside of it, such as the states of all elements
-at the step before. They are independent problems only if no density and no carry of one element depends on latents of
-another. Every latent's elements are labelled, and the labels are followed through the initial part, through the step
-until those of the carry settle, and through the likelihood after the scan.
+NumPyro's plate says that its elements are independent given what stands outside of it, such as the states of all
+elements at the step before. They are independent problems only if no density and no carry of one element depends on
+latents of another. Every latent's elements are labelled, and the labels are followed through the initial part, through
+the step until those of the carry settle, and through the likelihood after the scan.
 """
 
 from collections.abc import Callable, Collection
@@ -17,7 +17,7 @@ from jax import Array, lax, random
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.elements.labels import MIXED, Labels, along
 from numpyro_smc.programs.elements.tracing import settled, trace
-from numpyro_smc.programs.halves import Half, Overwrite
+from numpyro_smc.programs.halves import Half, Overwrite, OverwriteAll
 from numpyro_smc.programs.scans import Trace, run_prefix, run_step
 from numpyro_smc.programs.sites import BatchPlates, Site, is_latent
 
@@ -29,8 +29,8 @@ class Elements(NamedTuple):
     """What the labels of one plate say.
 
     - **coupling** - the first thing found to depend on several elements, in words; ``None`` if there is none.
-    - **axes** - for each program, for each leaf of its carry, the axis that moves with the plate; ``None`` where nothing
-      depends on any element.
+    - **axes** - for each program, for each leaf of its carry, the axis that moves with the plate; ``None`` where
+      nothing depends on any element.
     - **combined** - names of deterministic sites whose leading axes are not the plate's.
     """
 
@@ -82,7 +82,7 @@ def _read(half: Half) -> _Read:
         assert scan is not None
         x = jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, t, 0, keepdims=False), scan.inputs())
         whole = jax.tree.unflatten(half.carry_tree, carry)
-        new, output, sites = run_step(scan, t, whole, x, CloudDraws(rng_key, index), _Replaced(latents))
+        new, output, sites = run_step(scan, t, whole, x, CloudDraws(rng_key, index), OverwriteAll(latents))
         return {
             "init": half.carry_leaves(scan.init),
             "carry": half.carry_leaves(new),
@@ -156,8 +156,8 @@ def _elements(
         for number, (label, axis) in enumerate(zip(carry, its_axes, strict=True)):
             if label is not None and axis is None:
                 coupling.append(
-                    f"entry {number} of the scan's carry (shape {label.shape}) has no axis whose elements depend on the "
-                    f"plate's one by one"
+                    f"entry {number} of the scan's carry (shape {label.shape}) has no axis whose elements depend on "
+                    f"the plate's one by one"
                 )
         axes.append(its_axes)
         if read is reads[0]:
@@ -179,14 +179,6 @@ def _density_of(site: str) -> str:
 
 def _stacked(label: Labels) -> Labels:
     return None if label is None else label[None]
-
-
-class _Replaced(Overwrite):
-    """Overwrites sites of a step, those whose data end at some step included."""
-
-    def process_message(self, msg: dict[str, Any]) -> None:
-        if msg["type"] == "sample" and msg["name"] in self.values:
-            msg["value"] = self.values[msg["name"]]
 
 
 def _shapes(sites: dict[str, Site]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def _read_plates(sequence: Sequence) -> None:
 
 
 def _independent_plates(sequence: Sequence, plates: BatchPlates, scales: dict[str, float]) -> frozenset[str]:
-    """Names of the plates whose elements are independent problems; the axes of the carries that run over them are noted.
+    """Names of the plates whose elements are independent problems. Notes which axes of the carries run over them.
 
     Where several plates enclose the program, those inside one that is not independent are not taken either.
 
@@ -195,8 +195,8 @@ def _independent_plates(sequence: Sequence, plates: BatchPlates, scales: dict[st
         for name in plates.names[kept:]:
             if scales.get(name, 1.0) != 1.0:
                 raise ValueError(
-                    f"{sequence.user}: {coupling}. It is also subsampled, so the particle weights would be biased. Do not "
-                    f"subsample it, or let each element depend on its own latents alone."
+                    f"{sequence.user}: {coupling}. It is also subsampled, so the particle weights would be biased. "
+                    f"Do not subsample it, or let each element depend on its own latents alone."
                 )
         warnings.warn(
             f"{sequence.user}: {coupling}. All its elements are filtered as one problem, with one weight a particle "
@@ -206,7 +206,7 @@ def _independent_plates(sequence: Sequence, plates: BatchPlates, scales: dict[st
     for number, half in enumerate(halves):
         axes = [tuple(elements.axes[number][leaf] for elements in found[:kept]) for leaf in range(len(half.moving))]
         half.moving = [moves and (not kept or None not in its) for moves, its in zip(half.moving, axes, strict=True)]
-        half.batch_axes = [() if None in its else its for its in axes]
+        half.batch_axes = [tuple(axis for axis in its if axis is not None) for its in axes]
     deterministic = {
         name: site
         for trace in (sequence.model.prefix, sequence.model.step_sites)

@@ -72,7 +72,7 @@ class Sequence:
 
     - **model**, **guide** - the two programs as read; **path** - the sites of a guide that proposes whole paths.
     - **plates** - the plates that enclose everything and make independent problems; **bound_scale** - a scale common to
-      every site. **combined** - deterministic sites of several problems together.
+      every site. **combined** - deterministic sites that are not of one problem each: particles have no values of them.
     - **global_values** - latents drawn once for all particles; **log_global_weight** - their log p - log q.
     - **given** - names of latents to condition on; **global_observed** - data about global latents alone.
     - **after** - the likelihood after the scan. **twisted** - whether twists count. **look_ahead** - where they do.
@@ -235,7 +235,7 @@ class Sequence:
             of_particle = name not in self.global_values and name not in self.global_observed
             if not of_particle or site["type"] not in ("sample", "deterministic"):
                 continue
-            if not is_observed(site):
+            if not is_observed(site) and name not in self.combined:
                 values[name] = site["value"]
             if site["type"] == "sample":
                 increment, score = self._log_weight_of(site, guide_trace.get(name))
@@ -288,7 +288,7 @@ class Sequence:
         if self.proposes:
             self._check_all_proposed(model_trace, frozenset(model_trace))
         for name, site in model_trace.items():
-            if site["type"] == "deterministic" or (
+            if (site["type"] == "deterministic" and name not in self.combined) or (
                 site["type"] == "sample" and (not site["is_observed"] or "given_until" in site)
             ):
                 values[name] = site["value"]

@@ -17,6 +17,7 @@ from numpyro_smc.filtering.smoothing.pairs import Functional
 from numpyro_smc.filtering.smoothing.runs import check_bound, expectation_of, repeat, summarise
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.replay import along_paths
 
 if TYPE_CHECKING:
     from numpyro_smc.filtering.filter import ParticleFilter
@@ -76,7 +77,8 @@ class Smoothing:
         if method in ("genealogy", "backward_mcmc"):
             self._need_genealogy(f"sample_posterior(method={method!r})")
         if method == "genealogy":
-            return self._compiled("genealogy", genealogy.sample_paths)(rng_key, self.history, num_samples)
+            sample = self._compiled("genealogy", partial(_genealogical_paths, self.filter))
+            return sample(rng_key, self.rng_key, self.program, self.history, num_samples)
         if method not in _BACKWARD:
             raise ValueError(f"Unknown method={method!r}. Use 'genealogy', {', '.join(map(repr, _BACKWARD))}.")
         # As an array: another bound is then no other program to compile.
@@ -287,7 +289,15 @@ def _backward_paths(
 ) -> tuple[dict[str, Array], Array]:
     kernel = backward_kernel(read(particle_filter, filter_key, program, history), history, "sample_posterior")
     first, path, wrong = backward.sample_indices(rng_key, kernel, backward_draw(kernel, *options), num_samples)
-    return genealogy.follow(history, first, path), wrong
+    # What is computed from a path is that of the path drawn, not of the particles' own pasts.
+    return along_paths(kernel.sequence, genealogy.follow(history, first, path)), wrong
+
+
+def _genealogical_paths(
+    particle_filter: Any, rng_key: Array, filter_key: Array, program: Any, history: Any, num_samples: int
+) -> dict[str, Array]:
+    paths = genealogy.sample_paths(rng_key, history, num_samples)
+    return along_paths(read(particle_filter, filter_key, program, history), paths) if history.combined else paths
 
 
 def _marginal_log_weights(

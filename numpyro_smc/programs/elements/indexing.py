@@ -12,6 +12,7 @@ def _sliced(eqn: Any, labels: list[Labels], values: list[Any]) -> list[Labels]:
     label, starts, sizes = labels[0], values[1:], eqn.params["slice_sizes"]
     if label is not None:
         for axis, (size, start) in enumerate(zip(sizes, starts, strict=True)):
+            assert label is not None
             if size == label.shape[axis]:
                 continue
             if start is None:

@@ -65,7 +65,8 @@ def _propagate(
         (jaxpr.invars, labels, values),
     ):
         for variable, label, value in zip(variables, its_labels, its_values, strict=True):
-            found[variable] = (None if label is None else np.broadcast_to(label, variable.aval.shape), value)
+            shape = getattr(variable.aval, "shape", ())
+            found[variable] = (None if label is None else np.broadcast_to(label, shape), value)
     for eqn in jaxpr.eqns:
         pairs = [read(atom) for atom in eqn.invars]
         outputs = _one(eqn, [label for label, _ in pairs], [value for _, value in pairs])
