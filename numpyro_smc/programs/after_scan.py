@@ -1,14 +1,18 @@
 """Likelihoods stated after the scan, split over time: the t-th factor is part of the weight of step t."""
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Collection
+from copy import copy
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, random
+from jax import Array, lax, random
 from numpyro import handlers
+from numpyro.distributions import constraints
+from numpyro.distributions.transforms import biject_to
 from numpyro.ops.provenance import eval_provenance
 from numpyro.ops.pytree import PytreeTrace
 from numpyro.primitives import Messenger
@@ -16,6 +20,7 @@ from numpyro.primitives import Messenger
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import Half, Overwrite
 from numpyro_smc.programs.scans import Fixed, Scan, Trace, holds_sites, is_scan, names_in_scan, run_step
+from numpyro_smc.programs.series import Series, read_series
 from numpyro_smc.programs.sites import BatchPlates, in_control_flow, is_latent, log_density, plate_indices
 
 
@@ -31,17 +36,19 @@ class AfterScan:
         number: int,
         split: list[str],
         last: list[str],
+        series: Series,
+        shapes: dict[str, tuple[int, ...]],
         plates: frozenset[str] = frozenset(),
         observed: dict[str, Array] | None = None,
     ) -> None:
         self.program, self.args, self.length, self.number = program, args, length, number
-        self.split, self.last = split, last
+        self.split, self.last, self.series, self.shapes = split, last, series, shapes
         self.plates = plates
         self.observed = observed
 
     def log_probs(self, outputs: Any, carry: Any) -> dict[str, Array]:
         """Log densities of the observed sites, not split over time, given the scan's stacked outputs and last carry."""
-        after = _run_after(self.program, self.args, outputs, carry, self.length, self.number, Fixed({}), None, set())
+        after = _run_after(self.program, self.args, outputs, carry, self.number, Fixed({}))
         return {name: after[name]["fn"].log_prob(after[name]["value"]) for name in (*self.split, *self.last)}
 
     def log_density(self, t: Array, output: Any, carry: Any, given: Fixed, plates: BatchPlates) -> Array:
@@ -51,18 +58,20 @@ class AfterScan:
         """
         total = jnp.zeros(plates.shape)
         if self.split:
-            sliced = jax.tree.map(lambda x: jnp.asarray(x)[t][None] if _is_series(x, self.length) else x, self.args)
+            leaves, treedef = jax.tree.flatten(self.args)
+            cut = [
+                jnp.asarray(leaf)[t][None] if runs else leaf
+                for leaf, runs in zip(leaves, self.series.arguments, strict=True)
+            ]
             outputs = jax.tree.map(lambda x: jnp.asarray(x)[None], output)
-            names = set(plates.names)
+            slicing = _SliceTime(t, self.length, self.series.plates, self.shapes, self.observed)
             after = _run_after(
-                self.program, sliced, outputs, carry, self.length, self.number, given, t, names, self.observed
+                self.program, jax.tree.unflatten(treedef, cut), outputs, carry, self.number, given, slicing
             )
             total = total + sum(log_density(after[name], plates) for name in self.split)
         if self.last:
             outputs = jax.tree.map(lambda x: jnp.broadcast_to(x, (self.length, *jnp.shape(x))), output)
-            after = _run_after(
-                self.program, self.args, outputs, carry, self.length, self.number, given, None, set(plates.names)
-            )
+            after = _run_after(self.program, self.args, outputs, carry, self.number, given)
             factor = sum(log_density(after[name], plates) for name in self.last)
             total = total + jnp.where(t == self.length - 1, factor, 0.0)
         return total
@@ -79,20 +88,20 @@ def read_after_scan(
     output, last_carry = _output_shapes(half)
 
     def rest(outputs: Any, carry: Any, **latents: Array) -> dict[str, Array]:
-        after = _run_after(
-            program, None, outputs, carry, half.scan.length, half.scan.number, Overwrite(latents), None, set()
-        )
+        after = _run_after(program, None, outputs, carry, half.scan.number, Overwrite(latents))
         for name, site in after.items():
             if is_latent(site):
                 names.append(name)
             elif site["type"] == "sample":
                 observed.append(name)
+                shapes[name] = site["fn"].shape()
                 frames.append(frozenset(frame.name for frame in site["cond_indep_stack"]))
         return {name: after[name]["fn"].log_prob(after[name]["value"]) for name in observed}
 
     names: list[str] = []
     observed: list[str] = []
     frames: list[frozenset[str]] = []
+    shapes: dict[str, tuple[int, ...]] = {}
     initial = {name: half.prefix[name]["value"] for name in half.latents}
     uses = eval_provenance(rest, outputs=output, carry=last_carry, **initial)
     if names:
@@ -119,10 +128,30 @@ def read_after_scan(
                 f"uses the states) or before the scan."
             )
     plates = frozenset.intersection(*frames)
-    after = AfterScan(_with_arguments(program), (args, kwargs), half.scan.length, half.scan.number, split, last, plates)
+    whole = _with_arguments(program)
+
+    def sites(outputs: Any, arguments: Any) -> Trace:
+        after = _run_after(whole, arguments, outputs, last_carry, half.scan.number, Fixed({}))
+        return {name: after[name] for name in split}
+
+    length, number = half.scan.length, half.scan.number
+    try:
+        series = read_series(sites, output, (args, kwargs), length)
+    except TypeError as error:  # an argument whose values the program needs while it is traced
+        raise ValueError(_does_not_split(user, split[0], "its factors cannot be traced")) from error
+    if series.mixed:
+        raise ValueError(_does_not_split(user, series.mixed[0], "a term of it depends on several steps"))
+    after = AfterScan(whole, (args, kwargs), length, number, split, last, series, shapes, plates)
     if split:
         _check_split(after, half, user)
     return after
+
+
+def _does_not_split(user: str, name: str, why: str) -> str:
+    return (
+        f"{user}: the likelihood after the scan (site '{name}') does not split over time: {why}. Move the statement "
+        f"into the step function; data and covariates must be arguments of the program with time as their leading axis."
+    )
 
 
 class _PassScan(Messenger):
@@ -162,32 +191,43 @@ def _quoted(scan: dict[str, Any]) -> str:
 class _SliceTime(Messenger):
     """After the scan, cut plates over time and observed values down to one step.
 
+    :param plates: names of the plates over time. **shapes** - of the observed sites' distributions at all steps.
     :param observed: values to take instead of the program's own, by site name.
     """
 
+    passed: _PassScan
+
     def __init__(
-        self, t: Array, length: int, keep: set[str], passed: _PassScan, observed: dict[str, Array] | None
+        self,
+        t: Array,
+        length: int,
+        plates: frozenset[str],
+        shapes: dict[str, tuple[int, ...]],
+        observed: dict[str, Array] | None,
     ) -> None:
         super().__init__(None)
-        self.t, self.length, self.keep, self.passed, self.observed = t, length, keep, passed, observed or {}
+        self.t, self.length, self.plates, self.shapes, self.observed = t, length, plates, shapes, observed or {}
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if not self.passed.passed:
             return
-        if msg["type"] == "plate" and msg["args"][0] == self.length and msg["name"] not in self.keep:
+        if msg["type"] == "plate" and msg["name"] in self.plates:
             msg["value"] = jnp.reshape(self.t, (1,))
         elif msg["type"] == "sample" and msg["is_observed"]:
-            sliced = [f for f in msg["cond_indep_stack"] if f.size == 1 and f.name not in self.keep]
+            sliced = [frame for frame in msg["cond_indep_stack"] if frame.name in self.plates]
             if msg["scale"] is not None and sliced:
                 msg["scale"] = msg["scale"] / self.length ** len(sliced)
-            value, shape = self.observed.get(msg["name"], msg["value"]), msg["fn"].shape()
-            msg["value"] = value
-            if _is_series(value, self.length) and shape[:1] == (1,) and self.length != 1:
-                msg["value"] = jnp.asarray(value)[self.t][None]
+            value = self.observed.get(msg["name"], msg["value"])
+            msg["value"] = self._sliced(value, self.shapes.get(msg["name"], ()), msg["fn"].shape())
 
-
-def _is_series(x: Any, length: int) -> bool:
-    return hasattr(x, "shape") and x.ndim > 0 and x.shape[0] == length
+    def _sliced(self, value: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Any:
+        """An observed value along the axes that its distribution has lost; those it was cut along already are kept."""
+        if jnp.ndim(value) != len(before) or len(before) != len(after):
+            return value
+        for axis, (size, left) in enumerate(zip(before, after, strict=True)):
+            if (size, left) == (self.length, 1) and jnp.shape(value)[axis] == size != left:
+                value = lax.dynamic_slice_in_dim(jnp.asarray(value), self.t, 1, axis)
+        return value
 
 
 def _with_arguments(program: Callable[[], Any]) -> Callable[..., Any]:
@@ -202,17 +242,16 @@ def _run_after(
     arguments: Any,
     outputs: Any,
     carry: Any,
-    length: int,
     number: int,
     given: Fixed,
-    t: Array | None,
-    keep: set[str],
-    observed: dict[str, Array] | None = None,
+    slicing: _SliceTime | None = None,
 ) -> Trace:
     passing = _PassScan(outputs, carry, number)
     draws = CloudDraws(random.key(0))
-    slicing = Messenger() if t is None else _SliceTime(t, length, keep, passing, observed)
-    with handlers.block(), handlers.trace() as trace, draws, given, passing, slicing:
+    around = Messenger() if slicing is None else slicing
+    if slicing is not None:
+        slicing.passed = passing
+    with handlers.block(), handlers.trace() as trace, draws, given, passing, around:
         program() if arguments is None else program(*arguments)
     return {name: site for name, site in trace.items() if site.get("after scan")}
 
@@ -252,10 +291,34 @@ class _SimulateAfter(Messenger):
             (_, _, self.carry), (_, self.outputs) = msg["value"]
 
 
+class _NearInitial(Messenger):
+    """Move parameters away from their initial values, at which something may vanish that does not elsewhere."""
+
+    def __init__(self, fn: Callable[..., Any], known: Collection[str]) -> None:
+        super().__init__(fn)
+        self.known = known
+
+    def postprocess_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] != "param" or msg["name"] in self.known:
+            return
+        transform = biject_to(msg["kwargs"].get("constraint", constraints.real))
+        generator = np.random.default_rng(zlib.crc32(msg["name"].encode()))
+
+        def moved(leaf: Any) -> Any:
+            if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+                return leaf
+            free = jnp.asarray(transform.inv(leaf))
+            step = jnp.asarray(generator.uniform(0.05, 0.1, free.shape), free.dtype)
+            return transform(jnp.where(free == 0, step, free * (1 + step)))
+
+        msg["value"] = jax.tree.map(moved, msg["value"])
+
+
 def _check_split(after: AfterScan, half: Half, user: str) -> None:
     """Confirm on one simulated path that the factors over time add up to the whole likelihood, site by site.
 
-    Under ``jit``, parameters take their initial values and data are replaced by made-up data of the same shape.
+    Under ``jit``, parameters take values near their initial ones, and data are replaced by made-up data of the same
+    shape.
     """
     generator = np.random.default_rng(0)
 
@@ -277,7 +340,7 @@ def _check_split(after: AfterScan, half: Half, user: str) -> None:
         for name, value in program.data.items()
         if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value))
     }
-    inner = handlers.substitute(program.fn.func, data=known)
+    inner = _NearInitial(handlers.substitute(program.fn.func, data=known), known)
 
     def both() -> dict[str, tuple[Array, Array]]:
         simulate = _SimulateAfter(after.number)
@@ -289,9 +352,9 @@ def _check_split(after: AfterScan, half: Half, user: str) -> None:
         drawn = {name: trace[name]["value"] for name in after.split}
 
         def factor(name: str, t: Array, output: Any) -> Array:
-            one = AfterScan(
-                lambda a, k: inner(*a, **k), (args, kwargs), after.length, after.number, [name], [], observed=drawn
-            )
+            one = copy(after)
+            one.program, one.args = lambda a, k: inner(*a, **k), (args, kwargs)
+            one.split, one.last, one.observed = [name], [], drawn
             return one.log_density(t, output, simulate.carry, given, BatchPlates())
 
         def factors(name: str) -> Array:
@@ -299,18 +362,16 @@ def _check_split(after: AfterScan, half: Half, user: str) -> None:
 
         return {name: (log_density(trace[name], BatchPlates()), jnp.sum(factors(name))) for name in after.split}
 
-    def message(name: str) -> str:
-        return (
-            f"{user}: the likelihood after the scan (site '{name}') does not split over time: its factors at the "
-            f"single steps do not add up to the whole. Move the statement into the step function; data and covariates "
-            f"must be arguments of the program with time as their leading axis."
-        )
-
     try:
         with jax.ensure_compile_time_eval():
             sums = {name: (float(whole), float(total)) for name, (whole, total) in both().items()}
     except (TypeError, ValueError, IndexError) as error:
-        raise ValueError(message(after.split[0])) from error
+        why = "its factors at the single steps do not fit the scan's outputs there"
+        raise ValueError(_does_not_split(user, after.split[0], why)) from error
     for name, (whole, total) in sums.items():
         if not np.isfinite(whole) or not np.allclose(whole, total, rtol=1e-3, atol=1e-3):
-            raise ValueError(f"{message(name)} On one simulated path: {total:.4f} against {whole:.4f}.")
+            why = (
+                f"its factors at the single steps do not add up to the whole (on one simulated path, {total:.4f} "
+                f"against {whole:.4f})"
+            )
+            raise ValueError(_does_not_split(user, name, why))
