@@ -13,11 +13,11 @@ from numpyro import handlers
 from numpyro.util import find_stack_level
 
 from numpyro_smc.programs import path_guide
-from numpyro_smc.programs.after_scan import read_after_scan
 from numpyro_smc.programs.bootstrap import Bootstrap
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import global_latents, read_half
 from numpyro_smc.programs.independence import elements_of_sequence
+from numpyro_smc.programs.reading_after_scan import read_after_scan
 from numpyro_smc.programs.replay import look_ahead
 from numpyro_smc.programs.scans import Fixed, Trace, run_prefix
 from numpyro_smc.programs.sequence import Program, Sequence

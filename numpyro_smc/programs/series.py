@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from numpyro_smc.programs.elements.labels import MIXED, Labels, along
+from numpyro_smc.programs.elements.labels import Labels, along
 from numpyro_smc.programs.elements.terms import Sum, trace_terms
 from numpyro_smc.programs.sites import Site
 
@@ -23,7 +23,7 @@ class Series(NamedTuple):
 
     - **arguments** - for each leaf of the program's arguments, whether the t-th factor gets its t-th entry alone.
     - **plates** - names of plates over time.
-    - **mixed** - names of the sites whose densities at one step depend on other steps.
+    - **mixed** - names of the sites whose densities at one step depend on another step, or stand elsewhere.
     """
 
     arguments: tuple[bool, ...]
@@ -60,7 +60,7 @@ def read_series(sites: Callable[[Any, Any], dict[str, Site]], outputs: Any, argu
     running = []
     for i in candidates:
         is_used = any(_labelled(found) for found in labels(nothing, [i]).values())
-        if is_used and not any(_is_mixed(found) for found in labels(by_time, [i]).values()):
+        if is_used and all(_splits(found, length) for found in labels(by_time, [i]).values()):
             running.append(i)
     together = labels(by_time, running)
     plates = {
@@ -72,7 +72,7 @@ def read_series(sites: Callable[[Any, Any], dict[str, Site]], outputs: Any, argu
     return Series(
         tuple(i in running for i in range(len(leaves))),
         frozenset(plates),
-        tuple(name for name, found in together.items() if _is_mixed(found)),
+        tuple(name for name, found in together.items() if not _splits(found, length)),
     )
 
 
@@ -93,8 +93,20 @@ def _labelled(found: Sum) -> bool:
     return any(label is not None and bool(label.any()) for label in found.parts())
 
 
-def _is_mixed(found: Sum) -> bool:
-    return any(label is not None and bool(np.any(label == MIXED)) for label in found.parts())
+def _splits(found: Sum, length: int) -> bool:
+    """Whether each term depends on one step alone, and stands where the step stands."""
+    return all(label is None or not label.any() or _in_order(label, length) for label in found.parts())
+
+
+def _in_order(label: np.ndarray, length: int) -> bool:
+    """Whether some axis runs over time: step by step, or each step in several places (a flattened panel)."""
+    for axis, size in enumerate(label.shape):
+        if size % length == 0:
+            place = np.arange(size).reshape([-1 if i == axis else 1 for i in range(label.ndim)])
+            for step in (place // (size // length), place % length):
+                if np.all((label == 0) | (label == step + 1)):
+                    return True
+    return False
 
 
 def _runs_along(label: Labels, dim: int) -> bool:

@@ -13,7 +13,7 @@ def assert_numpyros_densities(model, *args, params=None, guide=None, **kwargs):
 
     :return: the filter's result.
     """
-    params = jax.tree.map(jnp.asarray, params or {})
+    params, args, kwargs = jax.tree.map(jnp.asarray, (params or {}, args, kwargs))
     result = ParticleFilter(model, 2, guide=guide, resample="never").run(
         jax.random.key(0), *args, params=params, **kwargs
     )

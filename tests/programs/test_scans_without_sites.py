@@ -3,7 +3,6 @@
 The log weights of every program here are NumPyro's own densities; evidences are Kalman filters'.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro
@@ -139,12 +138,12 @@ def everywhere(u, y):
     _, ahead = scan(lambda c, v: (0.9 * c + v, c), 0.0, u, reverse=True)
 
     def step(x, inputs):
-        m, a, y_t = inputs
+        m, a = inputs
         drift, _ = scan(lambda c, k: (c + 0.1 * k, None), 0.0, jnp.arange(3.0))
         x = numpyro.sample("x", dist.Normal(0.8 * x + 0.1 * m + 0.05 * a + 0.1 * drift, 0.5))
         return x, x
 
-    _, x = scan(step, 0.0, (ma, ahead, y))
+    _, x = scan(step, 0.0, (ma, ahead))
     scan(lambda c, v: (c + v, None), 0.0, x)
     numpyro.sample("y", dist.Normal(x, 0.5), obs=y)
 
