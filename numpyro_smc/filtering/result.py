@@ -233,12 +233,7 @@ class FilterResult(Smoothing):
 
     def _weighted(self, site: str, log_weights: Array | None = None) -> tuple[Array, Array, int]:
         """Values of a site, weights that sum to one and broadcast with them, and the particle axis."""
-        if site in self.history.combined:
-            raise ValueError(
-                f"Deterministic site '{site}' does not start with the axes of the plates whose elements are filtered "
-                f"as independent problems, so it belongs to no particle of one element and has no filtering weights. "
-                f"Take its values along paths, sample_posterior(...)['{site}'], or state it per element in the plate."
-            )
+        self._check_of_elements(site)
         if site not in self.particles:
             raise KeyError(f"No site '{site}' in this filter. Known: {', '.join(sorted(self.particles))}.")
         initial = site in self.history.initial["values"] and site not in self.history.steps["values"]

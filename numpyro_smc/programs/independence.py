@@ -15,7 +15,17 @@ import numpy as np
 from jax import Array, lax, random
 
 from numpyro_smc.programs.draws import CloudDraws
-from numpyro_smc.programs.elements.labels import MIXED, Labels, along
+from numpyro_smc.programs.elements.labels import MIXED, Labels
+from numpyro_smc.programs.elements.plates import (
+    axis_of,
+    coupled_density,
+    densities,
+    fits,
+    labels_of,
+    not_independent,
+    shapes,
+    values_of,
+)
 from numpyro_smc.programs.elements.tracing import settled, trace
 from numpyro_smc.programs.halves import Half, Overwrite, OverwriteAll
 from numpyro_smc.programs.scans import Trace, run_prefix, run_step
@@ -32,11 +42,13 @@ class Elements(NamedTuple):
     - **axes** - for each program, for each leaf of its carry, the axis that moves with the plate; ``None`` where
       nothing depends on any element.
     - **combined** - names of deterministic sites whose leading axes are not the plate's.
+    - **twists** - names of twists that do not keep the elements apart.
     """
 
     coupling: str | None
     axes: list[list[int | None]]
     combined: frozenset[str]
+    twists: frozenset[str]
 
 
 class _Read(NamedTuple):
@@ -87,15 +99,15 @@ def _read(half: Half) -> _Read:
             "init": half.carry_leaves(scan.init),
             "carry": half.carry_leaves(new),
             "output": output,
-            "before": _densities(trace),
-            "within": _densities(sites),
-            "twists": _values(sites, "twist"),
-            "deterministic": _values(trace, "deterministic") | _values(sites, "deterministic"),
+            "before": densities(trace),
+            "within": densities(sites),
+            "twists": values_of(sites, "twist"),
+            "deterministic": values_of(trace, "deterministic") | values_of(sites, "deterministic"),
         }
 
     carry = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in half.carry_leaves(half.scan.init)]
     number = jax.ShapeDtypeStruct((), jnp.asarray(0).dtype)
-    labels = trace(step, number, number, carry, _shapes(before), _shapes(within))
+    labels = trace(step, number, number, carry, shapes(before), shapes(within))
     return _Read(labels, half, before, within)
 
 
@@ -103,11 +115,11 @@ def _read_prefix(program: Callable[[], Any], sites: Trace) -> tuple[Any, dict[st
     latents = {name: site for name, site in sites.items() if is_latent(site)}
     rng_key = random.key(0)
 
-    def densities(index: Array, values: dict[str, Array]) -> dict[str, Array]:
-        return _densities(run_prefix(program, CloudDraws(rng_key, index), Overwrite(values))[0])
+    def prefix(index: Array, values: dict[str, Array]) -> dict[str, Array]:
+        return densities(run_prefix(program, CloudDraws(rng_key, index), Overwrite(values))[0])
 
     number = jax.ShapeDtypeStruct((), jnp.asarray(0).dtype)
-    return trace(densities, number, _shapes(latents)), latents
+    return trace(prefix, number, shapes(latents)), latents
 
 
 def _trace_after(after: After, model: Half) -> Callable[..., dict[str, Labels]]:
@@ -137,8 +149,9 @@ def _elements(
     coupling: list[str] = []
     axes: list[list[int | None]] = []
     combined: set[str] = set()
+    twists: set[str] = set()
     for read in reads:
-        before, within = (_labels_of(sites, shared, dim) for sites in (read.before, read.within))
+        before, within = (labels_of(sites, shared, dim) for sites in (read.before, read.within))
 
         def step(carry: list[Labels], read: Any = read, before: Any = before, within: Any = within) -> Any:
             return read.labels(index, None, carry, before, within)
@@ -148,11 +161,9 @@ def _elements(
         carry = settled(lambda labels, step=step: step(labels)["carry"], initial)  # type: ignore[misc]
         found = step(carry)
         for labels in (found["before"], found["within"]):
-            coupling += [_density_of(site) for site, label in labels.items() if not _fits(label, dim, size)]
-        for site, label in found["twists"].items():
-            if not _fits(label, place, size):
-                coupling.append(f"twist '{site}' depends on several of its elements")
-        its_axes = [_axis(label, place, size) for label in carry]
+            coupling += [coupled_density(site) for site, label in labels.items() if not fits(label, dim, size)]
+        twists |= {site for site, label in found["twists"].items() if not fits(label, place, size)}
+        its_axes = [axis_of(label, place, size) for label in carry]
         for number, (label, axis) in enumerate(zip(carry, its_axes, strict=True)):
             if label is not None and axis is None:
                 coupling.append(
@@ -165,65 +176,17 @@ def _elements(
             if after is not None:
                 stacked = jax.tree.map(_stacked, found["output"], is_leaf=lambda leaf: leaf is None)
                 rest = after(stacked, jax.tree.unflatten(read.half.carry_tree, carry))
-                coupling += [_density_of(site) for site, label in rest.items() if not _fits(label, dim, size)]
-    for labels_of, latents in loose:
-        densities = labels_of(index, _labels_of(latents, shared, dim))
-        coupling += [_density_of(site) for site, label in densities.items() if not _fits(label, dim, size)]
-    words = f"plate '{name}' does not make independent problems: {coupling[0]}" if coupling else None
-    return Elements(words, axes, frozenset(combined))
-
-
-def _density_of(site: str) -> str:
-    return f"the density of site '{site}' at one element depends on latents of other elements"
+                coupling += [coupled_density(site) for site, label in rest.items() if not fits(label, dim, size)]
+    for trace_labels, latents in loose:
+        found = trace_labels(index, labels_of(latents, shared, dim))
+        coupling += [coupled_density(site) for site, label in found.items() if not fits(label, dim, size)]
+    words = not_independent(name, coupling[0]) if coupling else None
+    return Elements(words, axes, frozenset(combined), frozenset(twists))
 
 
 def _stacked(label: Labels) -> Labels:
     return None if label is None else label[None]
 
 
-def _shapes(sites: dict[str, Site]) -> dict[str, Any]:
-    return {n: jax.ShapeDtypeStruct(jnp.shape(s["value"]), jnp.result_type(s["value"])) for n, s in sites.items()}
-
-
-def _values(sites: Trace, kind: str) -> dict[str, Array]:
-    return {name: jnp.asarray(site["value"]) for name, site in sites.items() if site["type"] == kind}
-
-
-def _densities(sites: Trace) -> dict[str, Array]:
-    return {
-        name: jnp.asarray(site["fn"].log_prob(site["value"]))
-        for name, site in sites.items()
-        if site["type"] == "sample"
-    }
-
-
-def _labels_of(sites: dict[str, Site], shared: Collection[str], dim: int) -> dict[str, Labels]:
-    """Labels of latent sites along the plate's dimension; shared ones have none."""
-    labels: dict[str, Labels] = dict.fromkeys(sites)
-    for name in sites.keys() - set(shared):
-        site = sites[name]
-        shape, event_dim = jnp.shape(site["value"]), site["fn"].event_dim
-        labels[name] = along(shape, len(shape) - event_dim + dim)
-    return labels
-
-
-def _fits(label: Labels, axis: int, size: int) -> bool:
-    """Whether each entry along ``axis`` depends on its own element at most."""
-    if label is None:
-        return True
-    if not -label.ndim <= axis < label.ndim or label.shape[axis] != size:
-        return size == 1 and not np.any(label == MIXED)
-    return not np.any((label != 0) & (label != along(label.shape, axis)))
-
-
-def _axis(label: Labels, preferred: int, size: int) -> int | None:
-    """The axis along which entries depend on their own element at most."""
-    if label is None:
-        return None
-    order = [preferred, *(axis for axis in range(label.ndim) if axis != preferred)]
-    fitting = [axis for axis in order if axis < label.ndim and label.shape[axis] == size and _fits(label, axis, size)]
-    return fitting[0] if fitting else None
-
-
 def _combined(values: dict[str, Labels], place: int, size: int) -> set[str]:
-    return {name for name, label in values.items() if label is not None and _axis(label, place, size) != place}
+    return {name for name, label in values.items() if label is not None and axis_of(label, place, size) != place}

@@ -203,6 +203,13 @@ def _independent_plates(sequence: Sequence, plates: BatchPlates, scales: dict[st
             f"for them together.",
             stacklevel=find_stack_level(),
         )
+    for elements, name in zip(found[:kept], plates.names, strict=False):
+        for twist in elements.twists:
+            raise ValueError(
+                f"{sequence.user}: twist '{twist}' at one element of plate '{name}' depends on other elements, or its "
+                f"shape is not that of the plates that enclose the program, {plates.shape[:kept]}. State one value per "
+                f"element, from that element's latents."
+            )
     for number, half in enumerate(halves):
         axes = [tuple(elements.axes[number][leaf] for elements in found[:kept]) for leaf in range(len(half.moving))]
         half.moving = [moves and (not kept or None not in its) for moves, its in zip(half.moving, axes, strict=True)]

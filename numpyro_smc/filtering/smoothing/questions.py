@@ -170,6 +170,8 @@ class Smoothing:
         check_positive("smooth", num_repeats=num_repeats)
         self._check_method(method, options, "smooth")
         known = self._site_names()
+        if isinstance(functional, str):
+            self._check_of_elements(functional)
         if isinstance(functional, str) and functional not in known[0] | known[1]:
             raise KeyError(f"No site '{functional}' in this filter. Known: {', '.join(sorted(known[0] | known[1]))}.")
 
@@ -249,6 +251,15 @@ class Smoothing:
         by_ancestors = method == "paris" and options.get("backward", "mcmc") == "mcmc"
         if method in NEED_GENEALOGY or by_ancestors:
             self._need_genealogy(f"{user}(method={method!r})")
+
+    def _check_of_elements(self, site: str) -> None:
+        """:raises ValueError: for deterministic sites that no particle of one problem has a value of."""
+        if site in self.history.combined:
+            raise ValueError(
+                f"Deterministic site '{site}' does not start with the axes of the plates whose elements are filtered "
+                f"as independent problems, so it belongs to no particle of one element and has no weights. Take its "
+                f"values along paths, sample_posterior(...)['{site}'], or state it per element in the plate."
+            )
 
     def _need_history(self, what: str) -> None:
         if self.history.steps is None:
