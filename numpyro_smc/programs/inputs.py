@@ -22,6 +22,7 @@ from numpyro.primitives import Messenger
 from numpyro_smc.programs.bootstrap import Bootstrap
 from numpyro_smc.programs.compiled import is_array
 from numpyro_smc.programs.sites import Site, is_latent, is_observed
+from numpyro_smc.programs.tracing import TRACING
 from numpyro_smc.programs.unconstrained import FreeOfImproper
 
 Program = Callable[..., Any]
@@ -160,9 +161,15 @@ def _checked_params(
 
 
 def _outline(tree: Any) -> tuple[Any, ...]:
-    """What a program that is compiled for a tree depends on."""
+    """What names and shapes of a program's sites depend on: numbers are values, as those of arrays are."""
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef, tuple((leaf.shape, leaf.dtype) if is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
+    return treedef, tuple([_token(leaf) for leaf in leaves])
+
+
+def _token(leaf: Any) -> Any:
+    if is_array(leaf):
+        return leaf.shape, leaf.dtype
+    return float if isinstance(leaf, float) else (type(leaf), leaf)
 
 
 def _keep(kept: dict[Any, Any], key: Any, value: Any) -> None:
@@ -357,7 +364,8 @@ def _look_at(program: Program, params: Params, args: Any, kwargs: Any) -> _Known
     # A parameter without an initial value has no other than the one given.
     for values in ({}, params):
         try:
-            jax.eval_shape(run, arrays, values)
+            with TRACING:
+                jax.eval_shape(run, arrays, values)
             break
         except Exception:  # of the user's program
             continue
