@@ -264,6 +264,12 @@ def test_lists_of_whole_numbers_stay_what_they_are():
     assert jnp.isfinite(smc.importance(KEY, network, [2, 3], 0.5, num_samples=200).value)
 
 
+@pytest.mark.parametrize("data", [[1, 2, 3], 0.5, "text"])
+def test_a_series_has_an_axis_of_time(data):
+    with pytest.raises(ValueError, match=r"scan's xs hold .*which has no axis of time.*jax\.numpy\.asarray"):
+        FILTER.run(KEY, data)
+
+
 @pytest.mark.parametrize("name", ["ParticleFilter", "ParticleFilter.log_evidence", "log_evidence", "ConditionalSMC"])
 def test_a_series_of_which_nothing_is_observed_has_no_evidence(name):
     words = ["nothing is observed", "'y'", "Pass the data"]

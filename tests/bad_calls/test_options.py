@@ -225,6 +225,10 @@ MADE = {
             "jitter": [-1.0, "x"],
         },
     ),
+    "register": (resampling.register, {"scheme": [3, "mine"]}),
+    "bootstrap": (smc.bootstrap, {"model": [3, None]}),
+    "extend_guide": (smc.extend_guide, {"guide": [3, guide]}),
+    "extend_model": (lambda **options: smc.extend_model(model, **options), {"guide": [3, guide]}),
     "bernoulli": (resampling.bernoulli, {"inner": ["none"]}),
 }
 
