@@ -106,7 +106,7 @@ class ParticleFilter:
         self.batch_size = batch_size
         in_chunks(None, num_particles, batch_size)
         self._compiled_run = Compiled(self._run)
-        self._compiled_queries: dict[str, Compiled] = {}
+        self._compiled_answer = Compiled(partial(_answer, self))
         self._compiled_init = Compiled(partial(streaming.start, self))
         self._compiled_update = Compiled(partial(streaming.take_in, self))
 
@@ -233,3 +233,8 @@ class ParticleFilter:
         """Read a running state, given the arguments that :meth:`init` was given."""
         fresh = self.init(random.key(0), *args, params=params, **kwargs)
         return load_pytree(path, fresh._replace(program=None))._replace(program=fresh.program)
+
+
+def _answer(particle_filter: ParticleFilter, question: Any, *args: Any) -> Any:
+    """A question about a filter's result, put to the filter: a result would stay with the compiled program."""
+    return question(particle_filter, *args)
