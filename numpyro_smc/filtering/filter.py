@@ -35,6 +35,10 @@ class ParticleFilter:
     :math:`\mathbb E \hat Z = p(y \mid \theta)`, for every resampling scheme marked so and any schedule; its logarithm
     is biased low. Cost: O(NT) time; O(NT) memory with history, O(N) without.
 
+    A plate around all sites makes independent problems, with weights and ancestors of their own, where the program
+    proves that no density and no carry of one element depends on another's latents. Otherwise (a vector autoregression
+    over a plate of dimensions) its elements are one problem, which a warning says, naming the site.
+
     Latents before the scan that the steps use directly are global: they must be given in ``params`` (the evidence is
     then conditional on them) or proposed by the guide.
 
