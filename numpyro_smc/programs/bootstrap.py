@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from numpyro import handlers
+
 from numpyro_smc.programs.arguments import check_callable
 
 

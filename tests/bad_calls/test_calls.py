@@ -264,7 +264,7 @@ def test_lists_of_whole_numbers_stay_what_they_are():
     assert jnp.isfinite(smc.importance(KEY, network, [2, 3], 0.5, num_samples=200).value)
 
 
-@pytest.mark.parametrize("data", [[1, 2, 3], 0.5, "text"])
+@pytest.mark.parametrize("data", [[1, 2, 3], 0.5])
 def test_a_series_has_an_axis_of_time(data):
     with pytest.raises(ValueError, match=r"scan's xs hold .*which has no axis of time.*jax\.numpy\.asarray"):
         FILTER.run(KEY, data)
