@@ -403,9 +403,11 @@ def _fault(known: dict[str, _Known], params: Params, rules: _Rules) -> str | Non
     owners = {name: role for role, program in known.items() for name in program.parameters}
     latents = [name for program in known.values() for name in program.latents]
     missing = [name for name in owners if name not in params]
+    # Where the guide leaves out latents of the model, that is what there is to say.
+    fits = "guide" in known and known["model"].latents.keys() <= known["guide"].names
     for name in params:
         meant = "" if name in names else _meant(name, [*missing, *(site for site in latents if site not in params)])
-        if name not in names and ("guide" in known or missing or meant):
+        if name not in names and (fits or missing or meant):
             return (
                 f"params has a value for '{name}', and there is no such site in {' and '.join(known)}.{meant} The "
                 f"names there are {_listed([*owners, *latents])}."

@@ -200,7 +200,7 @@ def check_unbiased_evidence(
         if given is not None:
             check_callable("check_unbiased_evidence", **{name: getattr(given, "log_evidence", given)})
     if exact is not None and not (np.asarray(exact).dtype.kind in "iuf" and np.isfinite(exact).all()):
-        raise ValueError(f"check_unbiased_evidence: exact must be a finite log evidence, got {exact!r}.")
+        raise ValueError(f"check_unbiased_evidence: exact must be finite, the log evidence, got {exact!r}.")
     check_positive("check_unbiased_evidence", num_replicates=num_replicates)
     if num_replicates < _FEWEST:
         raise ValueError(
