@@ -13,11 +13,12 @@ from numpyro import handlers
 from numpyro.util import find_stack_level
 
 from numpyro_smc.programs import path_guide
-from numpyro_smc.programs.after_scan import read_after_scan
 from numpyro_smc.programs.bootstrap import Bootstrap
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import global_latents, read_half
 from numpyro_smc.programs.independence import elements_of_sequence
+from numpyro_smc.programs.observed_shapes import check_observed_shapes
+from numpyro_smc.programs.reading_after_scan import read_after_scan
 from numpyro_smc.programs.replay import look_ahead
 from numpyro_smc.programs.scans import Fixed, Trace, run_prefix
 from numpyro_smc.programs.sequence import Program, Sequence
@@ -63,7 +64,7 @@ def read_sequence(
     guide_half, path, bound_guide = None, {}, None
     if guide is not None:
         bound_guide = handlers.substitute(partial(guide, *args, **kwargs), data=params)
-        guide_trace, guide_scan = run_prefix(bound_guide, CloudDraws(guide_key))
+        guide_trace, guide_scan = run_prefix(bound_guide, CloudDraws(guide_key), is_guide=True)
         if guide_scan is not None:
             guide_half = read_half(bound_guide, guide_trace, guide_scan)
             read_after_scan(bound_guide, guide_half, args, kwargs, is_guide=True, user=user)
@@ -76,6 +77,8 @@ def read_sequence(
             f"use NumPyro's ELBOs."
         )
     model_half = read_half(bound_model, prefix, scan)
+    check_observed_shapes(user, prefix.values())
+    check_observed_shapes(user, model_half.step_sites.values(), in_step=True)
     if bound_guide is not None and guide_half is None:
         path = path_guide.read_path(guide_trace, model_half.step_sites, scan.length, user)
         model_half.reach |= path_guide.path_parents(bound_guide, guide_trace, path) & model_half.latents

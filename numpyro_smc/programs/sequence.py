@@ -212,7 +212,11 @@ class Sequence:
         if self.guide_program is not None:
             plates = plate_indices(self.guide_prefix)
             guide_trace, scan = run_prefix(
-                self.guide_program, *around, CloudDraws(guide_key, index), Fixed(self.global_values, plates)
+                self.guide_program,
+                *around,
+                CloudDraws(guide_key, index),
+                Fixed(self.global_values, plates),
+                is_guide=True,
             )
             guide_trace = {name: site for name, site in guide_trace.items() if name not in self.path}
             if self.guide is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from numpyro_smc.filtering.smoothing.pairs import Functional
 from numpyro_smc.filtering.smoothing.runs import check_bound, expectation_of, repeat, summarise
 from numpyro_smc.programs import streams
 from numpyro_smc.programs.arguments import check_positive
-from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.replay import along_paths
 
 if TYPE_CHECKING:
@@ -73,20 +72,20 @@ class Smoothing:
         3. *On backward smoothing algorithms*, H.-D. Dau, N. Chopin (2023)
         """
         self._need_history("sample_posterior")
-        if num_samples < 1:
-            raise ValueError(f"sample_posterior: num_samples must be positive, got {num_samples}.")
+        check_positive("sample_posterior", num_samples=num_samples)
+        rng_key = one_key("sample_posterior", rng_key)
         if method in ("genealogy", "backward_mcmc"):
             self._need_genealogy(f"sample_posterior(method={method!r})")
         if method == "genealogy":
-            sample = self._compiled("genealogy", partial(_genealogical_paths, self.filter))
-            return sample(rng_key, self.rng_key, self.program, self.history, num_samples)
+            question = (_genealogical_paths, rng_key, self.rng_key, self.program, self.history, num_samples)
+            return self.filter._compiled_answer(*question)
         if method not in _BACKWARD:
             raise ValueError(f"Unknown method={method!r}. Use 'genealogy', {', '.join(map(repr, _BACKWARD))}.")
         # As an array: another bound is then no other program to compile.
         level = None if log_bound is None else jnp.asarray(log_bound)
         options = (_BACKWARD[method], num_mcmc_steps, level, max_trials, batch_size)
-        sample = self._compiled("backward", partial(_backward_paths, self.filter))
-        paths, wrong = sample(rng_key, self.rng_key, self.program, self.history, num_samples, options)
+        asked = (rng_key, self.rng_key, self.program, self.history, num_samples, options)
+        paths, wrong = self.filter._compiled_answer(_backward_paths, *asked)
         check_bound("sample_posterior", wrong)
         return paths
 
@@ -101,8 +100,8 @@ class Smoothing:
         """
         self._need_history("smoothing_log_weights")
         check_positive("smoothing_log_weights", batch_size=batch_size)
-        weigh = self._compiled("marginal", partial(_marginal_log_weights, self.filter))
-        return weigh(self.rng_key, self.program, self.history, batch_size)
+        asked = (self.rng_key, self.program, self.history, batch_size)
+        return self.filter._compiled_answer(_marginal_log_weights, *asked)
 
     def smooth(
         self,
@@ -176,9 +175,9 @@ class Smoothing:
         if isinstance(functional, str) and functional not in known[0] | known[1]:
             raise KeyError(f"No site '{functional}' in this filter. Known: {', '.join(sorted(known[0] | known[1]))}.")
 
-        key = random.fold_in(self.rng_key, streams.SMOOTHING) if rng_key is None else rng_key
+        key = random.fold_in(self.rng_key, streams.SMOOTHING) if rng_key is None else one_key("smooth", rng_key)
         asked = (functional, additive, self.rng_key, key, self.program, num_repeats, method, options)
-        answers = self._compiled("smooth", partial(_smooth, self.filter))(*asked)
+        answers = self.filter._compiled_answer(_smooth, *asked)
         what = functional if isinstance(functional, str) else getattr(functional, "__name__", "functional")
         what = "functional" if what == "<lambda>" else what
         per_step = not additive and not (isinstance(functional, str) and functional not in known[1])
@@ -241,9 +240,9 @@ class Smoothing:
         self._check_method(method, options, "score")
         names = scores.chosen_names(self.program[0], sites)
 
-        key = random.fold_in(self.rng_key, streams.SCORE) if rng_key is None else rng_key
+        key = random.fold_in(self.rng_key, streams.SCORE) if rng_key is None else one_key("score", rng_key)
         asked = (names, self.rng_key, key, self.program, num_repeats, method, options)
-        answers = self._compiled("score", partial(_score, self.filter))(*asked)
+        answers = self.filter._compiled_answer(_score, *asked)
         return summarise("score", answers, "score", method, self.filter.num_particles, False)
 
     # ---- checks -------------------------------------------------------------------------------------------------
@@ -280,12 +279,6 @@ class Smoothing:
         """Names of the sites before the scan, and of those of a step."""
         self._need_history("smooth of a site")
         return frozenset(self.history.initial["values"]), frozenset(self.history.steps["values"])
-
-    def _compiled(self, name: str, fn: Any) -> Any:
-        return self.filter._compiled_queries.setdefault(name, Compiled(fn))
-
-
-# Functions of the filter, not of a result: they are kept by the filter, and would keep the result's particles with it.
 
 
 def _smooth(particle_filter: Any, functional: Functional | str, additive: bool, *args: Any) -> Any:

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from numpyro_smc.programs.elements.labels import Labels, concrete, join, join_over, total
+from numpyro_smc.programs.elements.labels import MIXED, Labels, concrete, join, join_over, total
 from numpyro_smc.programs.elements.rules import RULES, Rule, anything, evaluated
 
 # Operations that do nothing but call a jaxpr.
-_CALLS = {
+CALLS = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "remat": "jaxpr",
@@ -69,13 +69,14 @@ def _propagate(
             found[variable] = (None if label is None else np.broadcast_to(label, shape), value)
     for eqn in jaxpr.eqns:
         pairs = [read(atom) for atom in eqn.invars]
-        outputs = _one(eqn, [label for label, _ in pairs], [value for _, value in pairs])
+        outputs = one_operation(eqn, [label for label, _ in pairs], [value for _, value in pairs])
         found |= dict(zip(eqn.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _one(eqn: Any, labels: list[Labels], values: list[Any]) -> list[tuple[Labels, np.ndarray | None]]:
-    inner = eqn.params.get(_CALLS.get(eqn.primitive.name))
+def one_operation(eqn: Any, labels: list[Labels], values: list[Any]) -> list[tuple[Labels, np.ndarray | None]]:
+    """Labels of an operation's outputs, with their values where they are known."""
+    inner = eqn.params.get(CALLS.get(eqn.primitive.name))
     if inner is not None:
         jaxpr = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
         consts = list(inner.consts) if isinstance(inner, ClosedJaxpr) else []
@@ -116,8 +117,28 @@ def _scanned(eqn: Any, labels: list[Labels], values: list[Any]) -> list[Labels]:
     consts, carry = labels[:first], labels[first:second]
     xs = [join_over(label, (0,)) for label in labels[second:]]
     carry = settled(lambda c: _call(params["jaxpr"], [*consts, *c, *xs])[: len(c)], carry)
+    if all(label is None for label in (*consts, *carry)):
+        numbers = _one_by_one(labels[second:])
+        if numbers is not None:
+            ones = [None if label is None else (label != 0).any(axis=0).astype(np.int32) for label in labels[second:]]
+            outputs = _call(params["jaxpr"], [*consts, *carry, *ones])[len(carry) :]
+            return [*carry, *(_at_each(label, numbers) for label in outputs)]
     outputs = _call(params["jaxpr"], [*consts, *carry, *xs])[len(carry) :]
     return [*carry, *(None if label is None else label[None] for label in outputs)]
+
+
+def _one_by_one(inputs: list[Labels]) -> np.ndarray | None:
+    """The one element that each round of a loop sees of its inputs, ``[rounds]``; ``None`` where one sees several."""
+    seen = [join_over(label, tuple(range(1, label.ndim))) for label in inputs if label is not None]
+    together = join(*seen)
+    return None if together is None or np.any(together == MIXED) else together
+
+
+def _at_each(label: Labels, numbers: np.ndarray) -> Labels:
+    """Labels over the rounds of a loop, from those of a round that sees element 1."""
+    if label is None:
+        return None
+    return np.where(label == 1, numbers.reshape(-1, *(1,) * label.ndim), label)
 
 
 def _repeated(eqn: Any, labels: list[Labels], values: list[Any]) -> list[Labels]:
