@@ -58,7 +58,10 @@ class Compiled:
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels by pickle and copy: the function, to be compiled anew."""
-        return self.__dict__ | {"cache": {}}
+        return {"fn": self.fn}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def num_compiled(self) -> int:
         """How many programs have been compiled, for tests of recompilation."""
