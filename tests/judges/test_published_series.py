@@ -86,7 +86,7 @@ def test_training_reaches_the_published_maximum_of_two_states():
     found = minimize(lambda z: -exact(z[:2], z[2:]), [15.0, 26.0, 0.93, 0.87], method="Nelder-Mead", tol=1e-8)
     assert -found.fun == pytest.approx(-342.3183, abs=1e-4)
     assert exact([12.0, 30.0], [0.8, 0.8]) < -347
-    loss = FIVO(num_particles=64, resampling_gradient="score_rb")
+    loss = FIVO(num_particles=64, resample="always", resampling_gradient="score_rb")
     svi = SVI(free_chain, bootstrap(free_chain), numpyro.optim.Adam(0.05), loss)
     params = svi.run(random.key(0), 300, series.EARTHQUAKES, progress_bar=False).params
     print(params, exact(params["rates"], params["stay"]))
