@@ -9,12 +9,12 @@ from benchmarks import judges
 from models import published_evidences
 from numpyro_smc import SMCSampler, log_marginal_likelihood
 
-OPTIONS = argparse.Namespace(seed=0, num_particles=None, keys=None, data_dir=None)
-
 
 @pytest.mark.parametrize("name", ["seeds", "double_well", "isotropic"])
 def test_samplers_find_the_published_evidence(name):
-    row = judges.compare(name, OPTIONS)
+    """Seeds from a fitted guide, with fewer particles than the benchmark's."""
+    options = argparse.Namespace(seed=0, num_particles=300 if name == "seeds" else None, keys=None, data_dir=None)
+    row = judges.compare(name, options)
     assert abs(row["z"]) < 4 and row["s.e."] < 0.15, row
 
 
