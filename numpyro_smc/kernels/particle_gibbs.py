@@ -19,6 +19,7 @@ from numpyro_smc.kernels.conditional_smc import ConditionalSMC
 from numpyro_smc.programs.pinned import Path, path_sites
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.sequence import Program
+from numpyro_smc.programs.supports import Supported, log_prob
 
 
 class ParticleGibbs(Gibbs):
@@ -86,7 +87,7 @@ class ParticleGibbs(Gibbs):
         **options: Any,
     ) -> None:
         # Enumeration is for other algorithms: the states of a path are sampled here.
-        unmarked = handlers.infer_config(model, config_fn=_unmarked)
+        unmarked = Supported(handlers.infer_config(model, config_fn=_unmarked))
         path_kernel = ConditionalSMC(unmarked, num_particles, **options)
         kernel = NUTS if parameter_kernel is None else parameter_kernel
         if not isinstance(kernel, MCMCKernel):
@@ -221,7 +222,7 @@ class ParticleGibbs(Gibbs):
         def log_densities(z: Any) -> dict[str, Array]:
             given = handlers.substitute(handlers.seed(self._model, random.key(0)), data=constrain(z))
             trace = handlers.trace(given).get_trace(*args, **kwargs)
-            return {name: jnp.sum(s["fn"].log_prob(s["value"])) for name, s in trace.items() if s["type"] == "sample"}
+            return {name: jnp.sum(log_prob(s["fn"], s["value"])) for name, s in trace.items() if s["type"] == "sample"}
 
         each = log_densities if is_prng_key(state.rng_key) else jax.vmap(log_densities)
         for name, value in each(state.z).items():
