@@ -20,6 +20,7 @@ from numpyro_smc.programs.pinned import Path, path_sites
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.sequence import Program
 from numpyro_smc.programs.supports import Supported, log_prob
+from numpyro_smc.programs.unconstrained import FreeOfImproper, is_improper
 
 
 class ParticleGibbs(Gibbs):
@@ -148,7 +149,15 @@ class ParticleGibbs(Gibbs):
         """A path by a filter at parameters of the prior, or at those that are given."""
         read_key, path_key = random.split(rng_key)
         model, given = self._path_kernel.model, self._path_kernel.params
-        sequence = read_sequence(read_key, model, None, given, args, kwargs, user="ParticleGibbs", given_globals=False)
+        free = FreeOfImproper(model)
+        sequence = read_sequence(read_key, free, None, given, args, kwargs, user="ParticleGibbs", given_globals=False)
+        for name in sequence.global_values.keys() - params.keys() - given.keys():
+            if is_improper(sequence.model.prefix[name]):
+                raise ValueError(
+                    f"ParticleGibbs: the prior of site '{name}' is improper (ImproperUniform, or masked), so no value "
+                    f"can be drawn from it to start from. Give it a proper prior, or a start: "
+                    f"init_params={{'{name}': ...}}, unconstrained."
+                )
         values = {name: value for name, value in sequence.global_values.items() if name not in given}
         for name in params.keys() & values.keys():
             is_unconstrained = isinstance(self._kernels[1], HMC)
@@ -169,7 +178,7 @@ class ParticleGibbs(Gibbs):
         def read(rng_key: Array) -> Array:
             model, params = self._path_kernel.model, self._path_kernel.params
             sequence = read_sequence(
-                rng_key, model, None, params, args, kwargs, user="ParticleGibbs", given_globals=False
+                rng_key, FreeOfImproper(model), None, params, args, kwargs, user="ParticleGibbs", given_globals=False
             )
             initial, steps = path_sites(sequence)
             names.append(((*initial, *steps), tuple(n for n in sequence.global_values if n not in params)))

@@ -20,6 +20,8 @@ from numpyro.distributions import (
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.primitives import Messenger
 
+from numpyro_smc.programs.supports import innermost
+
 _MULTINOMIALS = (DirichletMultinomial, MultinomialLogits, MultinomialProbs)
 
 
@@ -76,8 +78,8 @@ def _hides_parameters(fn: Distribution) -> bool:
 def _sample(rng_key: Array, fn: Distribution, sample_shape: tuple[int, ...]) -> Array:
     """``fn.sample``, which for one multinomial with a traced count draws ``total_count_max`` trials instead.
 
-    NumPyro minds counts that differ, in a batch, only: ``jit(lambda n: Multinomial(n, p, total_count_max=4).sample(key))``
-    adds up to 4 for every ``n``.
+    NumPyro minds counts of batches only: ``jit(lambda n: Multinomial(n, p, total_count_max=4).sample(key))`` adds up
+    to 4 for every ``n``.
     """
     count = vars(fn).get("total_count")
     if not isinstance(fn, _MULTINOMIALS) or not isinstance(count, jax.core.Tracer) or jnp.ndim(count):
@@ -117,6 +119,14 @@ def draw(rng_key: Array, fn: Distribution, index: Array, sample_shape: tuple[int
     return _draw_plain(rng_key, fn, index, sample_shape), []
 
 
+def cannot_be_drawn(name: str, fn: Distribution, user: str | None = None) -> ValueError:
+    return ValueError(
+        f"{user + ': site' if user else 'Site'} '{name}' is to be drawn, and its distribution, "
+        f"{type(innermost(fn)).__name__}, cannot be drawn from. Give it a proper prior, or a value (condition the "
+        f"model on it, or params={{'{name}': ...}}; kernels of MCMC take init_params), or sample '{name}' in a guide."
+    )
+
+
 class CloudDraws(Messenger):
     """Give every unobserved site of one particle's program its draw, with one key per site.
 
@@ -137,12 +147,14 @@ class CloudDraws(Messenger):
         self.rng_key, rng_key = random.split(self.rng_key)
         return rng_key
 
-    def _draw(self, rng_key: Array, fn: Distribution, sample_shape: tuple[int, ...]) -> tuple[Array, list[Any]]:
-        if self.index is None:
-            if _hides_parameters(fn):
-                return _sample(rng_key, fn, sample_shape), []
-            return fn(rng_key=rng_key, sample_shape=sample_shape, sample_intermediates=True)
-        return draw(rng_key, fn, self.index, sample_shape)
+    def _draw(self, rng_key: Array, msg: dict[str, Any], sample_shape: tuple[int, ...]) -> tuple[Array, list[Any]]:
+        fn = msg["fn"]
+        try:
+            if self.index is None and not _hides_parameters(innermost(fn)):
+                return fn(rng_key=rng_key, sample_shape=sample_shape, sample_intermediates=True)
+            return draw(rng_key, fn, jnp.asarray(0) if self.index is None else self.index, sample_shape)
+        except NotImplementedError as error:
+            raise cannot_be_drawn(msg["name"], fn) from error
 
     def process_message(self, msg: dict[str, Any]) -> None:
         # Inside a scan NumPyro has given each step its own key already.
@@ -159,10 +171,10 @@ class CloudDraws(Messenger):
                 msg["value"] = lax.cond(
                     now < end,
                     lambda: jnp.broadcast_to(given, sample_shape + msg["fn"].shape()),
-                    lambda: self._draw(rng_key, msg["fn"], sample_shape)[0].astype(given.dtype),
+                    lambda: self._draw(rng_key, msg, sample_shape)[0].astype(given.dtype),
                 )
             else:
-                value, intermediates = self._draw(rng_key, msg["fn"], sample_shape)
+                value, intermediates = self._draw(rng_key, msg, sample_shape)
                 msg["value"] = value
                 msg["intermediates"] = intermediates if isinstance(msg["fn"], TransformedDistribution) else []
                 msg["drawn"] = True

@@ -15,6 +15,7 @@ from numpyro_smc.programs.after_scan import read_after_scan
 from numpyro_smc.programs.bootstrap import Bootstrap
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import global_latents, read_half
+from numpyro_smc.programs.masked_latents import check_drawn
 from numpyro_smc.programs.replay import look_ahead
 from numpyro_smc.programs.scans import Fixed, Trace, run_prefix
 from numpyro_smc.programs.sequence import Program, Sequence
@@ -27,6 +28,7 @@ from numpyro_smc.programs.sites import (
     plate_indices,
     plate_scales,
 )
+from numpyro_smc.programs.supports import is_narrower
 
 
 def read_sequence(
@@ -87,6 +89,7 @@ def read_sequence(
     _read_globals(sequence, guide is not None, given_globals)
     _read_plates(sequence)
     sequence.log_global_weight = _log_global_weight(sequence)
+    _check_masked(sequence)
     if sequence.twisted:
         sequence.look_ahead = look_ahead(sequence)
     return sequence
@@ -165,6 +168,15 @@ def _read_plates(sequence: Sequence) -> None:
         sequence.bound_scale = common / sequence.plates.scale
 
 
+def _check_masked(sequence: Sequence) -> None:
+    steps = sequence.model.step_sites
+    sites = [site for site in [*sequence.model.prefix.values(), *steps.values()] if site["type"] == "sample"]
+    proposed = set(sequence.path) | set(sequence.guide_prefix)
+    proposed |= set() if sequence.guide is None else set(sequence.guide.step_sites)
+    drawn = [s for s in sites if is_latent(s) and not (s["name"] in sequence.given or s["name"] in proposed)]
+    check_drawn(drawn, [site for site in sites if is_observed(site)], sequence.user)
+
+
 def _concrete(scale: Any) -> float | None:
     if scale is None:
         return 1.0
@@ -180,6 +192,7 @@ def _log_global_weight(sequence: Sequence) -> Array:
         if proposal is not None:
             total = total - log_density(proposal, whole)
             if name in sequence.model.prefix:
+                is_narrower(sequence.model.prefix[name], proposal, sequence.user)
                 total = total + log_density(sequence.model.prefix[name], whole)
     for name in sequence.global_observed:
         total = total + log_density(sequence.model.prefix[name], whole)

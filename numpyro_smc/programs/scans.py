@@ -11,6 +11,7 @@ from numpyro import handlers
 from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.primitives import _PYRO_STACK, Messenger
 
+from numpyro_smc.programs.masked_latents import with_proper_dummies
 from numpyro_smc.programs.sites import in_control_flow
 
 Trace = dict[str, dict[str, Any]]
@@ -226,9 +227,9 @@ def run_prefix(program: Callable[[], Any], *around: Messenger) -> tuple[Trace, S
                 _run_under(around, program)
         except _ScanReached as reached:
             _check_flow(trace)
-            return trace, reached.scan
+            return with_proper_dummies(trace), reached.scan
     _check_flow(trace)
-    return trace, None
+    return with_proper_dummies(trace), None
 
 
 def run_step(scan: Scan, t: Array, carry: Any, x: Any, *around: Messenger) -> tuple[Any, Any, Trace]:
@@ -245,7 +246,7 @@ def run_step(scan: Scan, t: Array, carry: Any, x: Any, *around: Messenger) -> tu
                 f"numpyro.param '{name}' stands inside the scan body. Declare it (and any network) before the scan and "
                 f"let the body use its value."
             )
-    return new_carry, output, trace
+    return new_carry, output, with_proper_dummies(trace)
 
 
 def _run_under(around: tuple[Messenger, ...], program: Callable[[], Any]) -> Any:

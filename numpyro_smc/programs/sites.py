@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpyro.distributions import MaskedDistribution
+from numpyro.distributions import ExpandedDistribution, MaskedDistribution
 
 from numpyro_smc.programs.supports import log_prob
 
@@ -157,8 +157,9 @@ def is_one(scale: Any) -> bool:
 def site_mask(site: Site) -> Array:
     """The mask of a sample site, broadcastable to its batch shape."""
     mask, fn = jnp.asarray(True), site["fn"]
-    while isinstance(fn, MaskedDistribution):
-        mask, fn = mask & jnp.asarray(fn._mask), fn.base_dist
+    while isinstance(fn, MaskedDistribution | ExpandedDistribution):
+        mask = mask & jnp.asarray(fn._mask) if isinstance(fn, MaskedDistribution) else mask
+        fn = fn.base_dist
     return mask
 
 

@@ -6,6 +6,7 @@ instance, where it stands if it was given to the constructor. ``log_prob(scan of
 """
 
 import copy
+import warnings
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from numpyro.distributions import (
+    Delta,
     Distribution,
     ExpandedDistribution,
     ImproperUniform,
@@ -21,9 +23,11 @@ from numpyro.distributions import (
     MixtureGeneral,
     MixtureSameFamily,
     TransformedDistribution,
+    biject_to,
     constraints,
 )
 from numpyro.primitives import Messenger
+from numpyro.util import find_stack_level
 
 _REAL = (type(constraints.real), type(constraints.complex))
 _BOUNDS = {"low": "lower_bound", "loc": "lower_bound", "high": "upper_bound"}
@@ -95,6 +99,89 @@ def support(fn: Distribution) -> Any:
             found = copy.copy(found)
             vars(found).update(arguments)
     return found
+
+
+def is_narrower(site: dict[str, Any], proposal: dict[str, Any], user: str) -> bool:
+    """Whether a guide's support of a site is known to leave out a part of the model's, of which it warns.
+
+    The posterior may lie inside, which only the data tell, so this is no error; but no weight of the guide's draws
+    could tell if it does not.
+
+    :param site: of the model. **proposal** - the same of the guide.
+    :raises ValueError: if one is discrete and the other continuous: a mass is no density.
+    """
+    model, guide = site["fn"], proposal["fn"]
+    if isinstance(innermost(model), Delta) or isinstance(innermost(guide), Delta):
+        return False
+    of_model, of_guide = support(innermost(model)), support(innermost(guide))
+    kinds = ["discrete" if of.is_discrete else "continuous" for of in (of_model, of_guide)]
+    names = [type(innermost(fn)).__name__ for fn in (model, guide)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(
+            f"{user}: site '{site['name']}' is {kinds[0]} in the model ({names[0]}) and {kinds[1]} in the guide "
+            f"({names[1]}), so that a probability would be weighed against a density. Use a {kinds[0]} distribution in "
+            f"the guide."
+        )
+    if not _is_smaller(elementwise(of_guide), elementwise(of_model)):
+        return False
+    warnings.warn(
+        f"{user}: the guide's support of site '{site['name']}', {elementwise(of_guide)} of {names[1]}, is smaller than "
+        f"the model's, {elementwise(of_model)} of {names[0]}. What the posterior has outside is missing from every "
+        f"estimate, and none can show it. Use a guide with the model's support, such as a TransformedDistribution.",
+        stacklevel=find_stack_level(),
+    )
+    return True
+
+
+def check_bijection(site: dict[str, Any], user: str) -> None:
+    """:raises ValueError: naming a latent site whose support NumPyro cannot map to the reals."""
+    try:
+        biject_to(site["fn"].support)
+    except NotImplementedError:
+        of = type(innermost(site["fn"])).__name__
+        raise ValueError(
+            f"{user}: the support of site '{site['name']}' ({of}: {elementwise(site['fn'].support)}) cannot be mapped "
+            f"to the reals, where it would move. Write the site as a function of one on the reals (a ProjectedNormal by "
+            f"numpyro.handlers.reparam(config={{'{site['name']}': ProjectedNormalReparam()}})), or use a method that "
+            f"only draws and weighs: importance, ParticleFilter."
+        ) from None
+
+
+def innermost(fn: Distribution) -> Distribution:
+    """What stands behind masks, plates and ``to_event``."""
+    while isinstance(fn, Independent | ExpandedDistribution | MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
+def _is_smaller(guide: Any, model: Any) -> bool:
+    """Whether a guide's bounds are known to lie inside the model's."""
+    of_model, of_guide = _ends(model), _ends(guide)
+    if of_model is None or of_guide is None:
+        return False
+    for sign, outer, inner in zip((1, -1), of_model, of_guide, strict=True):
+        open_end = not isinstance(outer, jax.core.Tracer) and np.any(np.isneginf(sign * np.asarray(outer)))
+        if isinstance(inner, jax.core.Tracer):
+            if open_end:
+                return True  # an end that is not known, but an end
+        elif not isinstance(outer, jax.core.Tracer):
+            low, lower = sign * np.asarray(inner, float), sign * np.asarray(outer, float)
+            if np.shape(low) and np.shape(lower) and np.shape(low) != np.shape(lower):
+                low, lower = np.min(low), np.max(lower)
+            if np.any(low > lower + 1e-6 * (1.0 + np.abs(np.where(np.isfinite(lower), lower, 0.0)))):
+                return True
+    return False
+
+
+def _ends(constraint: Any) -> tuple[Any, Any] | None:
+    if isinstance(constraint, _REAL):
+        return -np.inf, np.inf
+    if isinstance(constraint, type(constraints.boolean)):
+        return 0, 1
+    low, high = (getattr(constraint, side, None) for side in ("lower_bound", "upper_bound"))
+    if constraint.event_dim or (low is None and high is None):
+        return None
+    return (-np.inf if low is None else low), (np.inf if high is None else high)
 
 
 def elementwise(constraint: Any) -> Any:
