@@ -78,7 +78,7 @@ def check_weighed(model: dict[str, Site], guide: dict[str, Site], plates: BatchP
             raise ValueError(
                 f"{user}: the latent site '{name}' is masked where it is drawn, so that no density weighs its draws, "
                 f"though data that count depend on them. Remove the mask (data are masked at their own site), or "
-                f"sample '{name}' in a guide, without a mask: its draws are weighed against the model's density, which is one."
+                f"sample '{name}' in a guide, without a mask: its draws are weighed against the model's density, one."
             )
 
 

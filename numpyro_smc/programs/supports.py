@@ -141,7 +141,7 @@ def check_bijection(site: dict[str, Any], user: str) -> None:
         of = type(innermost(site["fn"])).__name__
         raise ValueError(
             f"{user}: the support of site '{site['name']}' ({of}: {elementwise(site['fn'].support)}) cannot be mapped "
-            f"to the reals, where it would move. Write the site as a function of one on the reals (a ProjectedNormal by "
+            f"to the reals, where it would move. Write it as a function of a site on the reals (a ProjectedNormal by "
             f"numpyro.handlers.reparam(config={{'{site['name']}': ProjectedNormalReparam()}})), or use a method that "
             f"only draws and weighs: importance, ParticleFilter."
         ) from None
