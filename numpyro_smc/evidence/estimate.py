@@ -17,13 +17,12 @@ from numpyro_smc.programs.weights import leave_one_out, normalise
 from numpyro_smc.reports.plots import new_axes
 
 LARGE_ERROR, SMALL_ESS, LOW_ACCEPTANCE = 0.5, 3.0, 0.15
-#: What a method takes for granted: where none of its draws have been, none of its weights is missing.
-_UNSEEN = {
-    "importance": "the guide reaches everywhere the posterior does",
-    "ais": "the chains reach everywhere the posterior does",
-    "smc": "the particles reach everywhere the posterior does",
-}
 FEW = 0.02  # share of the elements whose trouble does not condemn the whole
+# Annealed draws that all pass by a narrow mode agree with each other, and nothing in them tells of it.
+_MISSED = " unless the draws have missed a mode, which they cannot tell"
+_UNSEEN = ("No sign of trouble", _MISSED)
+_REACHED = ("Trustworthy", " if the guide reaches everywhere the posterior does, which no weight can tell")
+_PROVISOS = {"smc": _UNSEEN, "ais": _UNSEEN, "importance": _REACHED}
 
 
 @jax.jit
@@ -58,6 +57,7 @@ class Evidence:
       average, by about **shortfall**.
     - **pareto_k** - tail shape of the weights, of importance sampling; **acceptance**, **step_sizes**, **betas** - by
       temperature and element, of annealing; **certificate** - gap of the same chains on simulated data.
+    - **narrow** - sites where the guide's support is known to be smaller than the model's.
     - **unresolved** - sites of which the guide is narrower than floating-point numbers resolve.
     - **verdict** - whether to trust it, in words; **concerns** - what speaks against it.
     """
@@ -75,6 +75,7 @@ class Evidence:
     betas: Array | None = None
     certificate: Any = field(default=None)
     bound: str = "lower"
+    narrow: frozenset[str] = frozenset()
     unresolved: frozenset[str] = frozenset()
 
     @property
@@ -116,6 +117,12 @@ class Evidence:
     def verdict(self) -> str:
         if self.num_samples < 2:
             return "No error can be stated from a single weight: use more."
+        if self.narrow:
+            sites = ", ".join(f"'{name}'" for name in sorted(self.narrow))
+            return (
+                f"Not to be trusted: the guide's support of site {sites} is smaller than the model's, so that what the "
+                f"posterior has outside is missing from the value. Use a guide with the model's support."
+            )
         if self.unresolved:
             sites = ", ".join(f"'{name}'" for name in sorted(self.unresolved))
             return (
@@ -130,10 +137,9 @@ class Evidence:
             text = f"Not to be trusted: {concerns}. The value is likely too low. Use {remedy}."
         else:
             low, high = self.interval()
-            unseen = _UNSEEN.get(self.method, _UNSEEN["ais"])
-            text = f"Trustworthy if {unseen}, which no weight can tell: the log evidence is in "
-            text += f"[{low:.6g}, {high:.6g}] (95%), the value a lower bound that is {self.shortfall:.2g} too low on "
-            text += "average."
+            head, proviso = _PROVISOS.get(self.method, ("Trustworthy", _MISSED))
+            text = f"{head}: the log evidence is in [{low:.6g}, {high:.6g}] (95%){proviso}, the value a lower bound"
+            text += f" that is {self.shortfall:.2g} too low on average."
             text += f" But {concerns}: use {remedy} if these matter." if concerns else ""
         return text if self.certificate is None else f"{text} {self.certificate.verdict}"
 

@@ -16,7 +16,7 @@ from numpyro_smc.programs import streams
 from numpyro_smc.programs.arguments import check_if_given, check_plate_names, check_positive
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
-from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, is_point, log_weights
+from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, check_masked, is_point, log_weights
 from numpyro_smc.programs.inputs import checked_call
 from numpyro_smc.programs.nonfinite import check_finite
 from numpyro_smc.programs.options import keeps_options_apart
@@ -91,7 +91,10 @@ def importance(
     found = _compiled(model, guide, num_samples, batch_size, chosen)(rng_key, params, args, kwargs)
     value, error, ess = log_mean_and_error(found.values)
     proposal = bootstrap(model) if guide is None else guide
-    check_finite(value, Pair(model, proposal, args, kwargs, random.split(rng_key)[0], plates, "importance"), params)
+    pair = Pair(model, proposal, args, kwargs, random.split(rng_key)[0], plates, "importance")
+    if found.masked:
+        check_masked(pair, params)
+    check_finite(value, pair, params)
     k = pareto_k(found.values)
     mean = jnp.mean(found.values, axis=0)
     heavy = int(np.sum(k > LARGE_PARETO_K))
@@ -106,9 +109,17 @@ def importance(
     if guide is not None and num_samples > 1:
         shares = _distinct(guide, min(num_samples, _NUM_COMPARED))(rng_key, params, args, kwargs)
         unresolved = frozenset(name for name, share in shares.items() if share < _FEWEST_DISTINCT)
-    found_k = jnp.asarray(k)
     return Evidence(
-        "importance", num_samples, value, error, ess, found.plates, mean, pareto_k=found_k, unresolved=unresolved
+        "importance",
+        num_samples,
+        value,
+        error,
+        ess,
+        found.plates,
+        mean,
+        pareto_k=jnp.asarray(k),
+        narrow=found.narrow,
+        unresolved=unresolved,
     )
 
 

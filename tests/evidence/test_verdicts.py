@@ -77,15 +77,19 @@ def test_a_small_but_resolved_guide_is_accepted_and_right():
     assert found.verdict.startswith("Trustworthy") and abs(found.value - exact) < 5 * found.standard_error
 
 
+IF_REACHED = "(95%) if the guide reaches everywhere the posterior does, which no weight can tell,"
+UNLESS_MISSED = "(95%) unless the draws have missed a mode, which they cannot tell,"
+
+
 @pytest.mark.parametrize(
     ("method", "options", "unseen"),
     [
-        ("importance", {"num_samples": 500}, "the guide reaches everywhere the posterior does"),
-        ("ais", {"num_chains": 32, "num_temperatures": 20}, "the chains reach everywhere the posterior does"),
-        ("smc", {"num_particles": 200, "moves": "rwmh"}, "the particles reach everywhere the posterior does"),
+        ("importance", {"num_samples": 500}, IF_REACHED),
+        ("ais", {"num_chains": 32, "num_temperatures": 20}, UNLESS_MISSED),
+        ("smc", {"num_particles": 200, "moves": "rwmh"}, UNLESS_MISSED),
     ],
 )
 def test_what_weights_cannot_see_stands_in_every_verdict(method, options, unseen):
     found = log_marginal_likelihood(random.key(0), conjugate, method=method, options=options)
-    assert found.verdict.startswith(f"Trustworthy if {unseen}, which no weight can tell: the log evidence is in [")
+    assert unseen in found.verdict and "Not to be trusted" not in found.verdict
     assert abs(found.value - LOG_EVIDENCE) < 5 * found.standard_error
