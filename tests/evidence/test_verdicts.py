@@ -39,8 +39,9 @@ def test_a_guide_narrower_than_float32_resolves_is_refused_by_site(scale):
 
 def test_one_element_of_many_is_enough():
     def model():
-        numpyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
         numpyro.sample("w", dist.Exponential(1.0))
+        numpyro.sample("y", dist.Normal(z.sum(), 1.0), obs=1.0)
 
     def narrow():
         numpyro.sample("z", dist.Normal(1.0, jnp.array([1.0, 1e-9, 0.5])).to_event(1))
