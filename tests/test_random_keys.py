@@ -303,7 +303,7 @@ RATIOS = {
     "tarp": lambda: diagnostics.tarp(estimator(), OTHER, 3, 4, **MOVES),
     "local_c2st": lambda: diagnostics.local_c2st(estimator(), OTHER, X, 8, 8, 3, **MOVES),
     "roc": lambda: diagnostics.roc(estimator(), OTHER, 8),
-    "mean_ratio": lambda: diagnostics.mean_ratio(estimator(), OTHER, X, 8),
+    "mean_ratio": lambda: diagnostics.mean_ratio(estimator(), OTHER, jnp.stack([X]), 8),
 }
 
 
@@ -369,7 +369,7 @@ KERNELS = {
         KEY, Y, target_variance=1e3, num_runs=2, num_pilot=2
     ),
     "SMC2": lambda: (
-        smc.SMC2(series, 4, 4, max_state_particles=16, min_acceptance=1.0, parameter_ess_threshold=1.0)
+        smc.SMC2(series, 4, 4, max_state_particles=16, min_acceptance=0.99, parameter_ess_threshold=1.0)
         .run(KEY, Y, progress_bar=False)
         .get_samples(3)
     ),
