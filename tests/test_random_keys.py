@@ -19,7 +19,7 @@ import numpyro_smc as smc
 from numpyro_smc.programs.streams import reported_draws
 from numpyro_smc.ratio import diagnostics
 from numpyro_smc.ratio.networks import mlp
-from numpyro_smc.verify import calibration, gradient, successive_conditional, unbiased_evidence
+from numpyro_smc.verify import calibration, unbiased_evidence
 from tests.recorded_keys import repeats, uses_of_keys
 from tests.verify import conjugate_kernels
 
@@ -318,28 +318,21 @@ def checked(module, check, *args, **kwargs):
         getattr(module, check)(KEY, *args, **kwargs)
 
 
+#: ``check_gradient`` is not among them: it takes differences at common keys on purpose.
 CHECKS = {
     "check_unbiased_evidence": lambda: checked(
         unbiased_evidence,
         "check_unbiased_evidence",
         lambda key: smc.IWELBO(2).loss(key, {"gain": 0.4}, data, encoder, Y),
         reference=lambda key: smc.IWELBO(4).loss(key, {"gain": 0.4}, data, encoder, Y),
-        num_replicates=5,
-    ),
-    "check_gradient": lambda: checked(
-        gradient,
-        "check_gradient",
-        lambda key, p: smc.IWELBO(2).loss(key, p, data, encoder, Y),
-        {"gain": 0.4},
         num_replicates=25,
     ),
-    "geweke": lambda: checked(
-        successive_conditional,
-        "geweke",
+    "geweke": lambda: smc.verify.geweke(
+        KEY,
         conjugate_kernels.Autoregressive,
         conjugate_kernels.model,
         observed="y",
-        num_replicates=3,
+        num_replicates=30,
         num_steps=2,
         num_fresh=5,
     ),
@@ -387,6 +380,8 @@ REPLAYS = {
 
 def is_replay(uses):
     """Whether the uses of a key are one use inside a place of :data:`REPLAYS`, reached from different callers."""
+    if all(use.places[:1] == ("kernels/particle_gibbs.py:one",) for use in uses):
+        return True  # NumPyro's own search for a start
     for place in REPLAYS:
         if all(place in use.places for use in uses):
             inside = {(use.how, use.what, use.places[: use.places.index(place)]) for use in uses}
