@@ -31,6 +31,7 @@ from numpyro_smc.programs.sites import (
     remaining_scale,
     unscaled_log_density,
 )
+from numpyro_smc.programs.tracing import TRACING
 
 Program = Callable[..., Any]
 Params = dict[str, Any]
@@ -114,7 +115,7 @@ class Pair:
     ) -> Draw:
         """Run the guide for the particle ``index``; values of sites with ``is_score`` get no gradient."""
         draws = _Draws(rng_key, index, self.plate_key)
-        with handlers.block(), _StopGradient(is_score), handlers.trace() as trace, draws:
+        with TRACING, handlers.block(), _StopGradient(is_score), handlers.trace() as trace, draws:
             self._run(self.guide, params)
         return Draw(trace, tuple(draws.handed_out))
 
@@ -126,14 +127,14 @@ class Pair:
             if site["type"] == "plate" or (is_latent(site) and not is_point(site["fn"]))
         }
         draws = _Draws(rng_key, index, self.plate_key, draw.keys)
-        with handlers.block(), handlers.trace() as trace, draws, handlers.replay(trace=values):
+        with TRACING, handlers.block(), handlers.trace() as trace, draws, handlers.replay(trace=values):
             self._run(self.guide, params)
         return Draw(trace, draw.keys)
 
     def run_guide(self, rng_key: Array, params: Params, given: Messenger) -> Draw:
         """Run the guide with the values that a handler gives to its sites."""
         draws = _Draws(rng_key, None, self.plate_key)
-        with handlers.block(), handlers.trace() as trace, draws, given:
+        with TRACING, handlers.block(), handlers.trace() as trace, draws, given:
             self._run(self.guide, params)
         return Draw(trace, tuple(draws.handed_out))
 
@@ -148,7 +149,7 @@ class Pair:
     def _model_at(self, rng_key: Array, index: Array | None, params: Params, draw: Draw) -> Trace:
         draws = _Draws(rng_key, index, self.plate_key)
         latents = {name: site for name, site in draw.trace.items() if site["type"] == "plate" or is_latent(site)}
-        with handlers.block(), handlers.trace() as trace, draws:
+        with TRACING, handlers.block(), handlers.trace() as trace, draws:
             self._run(handlers.replay(self.model, trace=latents), params)
         return trace
 
@@ -164,7 +165,7 @@ class Pair:
         def run(values: dict[str, Array], bases: FromBase) -> tuple[Trace, Trace]:
             given = {name: {**guide.trace[name], "value": value} for name, value in values.items()}
             draws = _Draws(key, None, self.plate_key, guide.keys)
-            with handlers.block(), handlers.trace() as trace, draws, handlers.replay(trace=given), bases:
+            with TRACING, handlers.block(), handlers.trace() as trace, draws, handlers.replay(trace=given), bases:
                 self._run(self.guide, params)
             return trace, self._model_at(key, None, params, Draw(trace))
 

@@ -22,6 +22,7 @@ from numpyro.infer.inspect import get_dependencies
 from numpyro_smc.programs.element_priors import bounds_of_elements, density_of_elements
 from numpyro_smc.programs.hidden_draws import Hides, is_tractable
 from numpyro_smc.programs.sites import Site, in_control_flow, is_latent, plate_scales
+from numpyro_smc.programs.tracing import TRACING
 
 Program = Callable[..., Any]
 Values = dict[str, Array]
@@ -151,7 +152,7 @@ class Simulator:
         """
 
         def posterior() -> None:
-            with Hides(self.hidden), handlers.trace() as trace:
+            with TRACING, Hides(self.hidden), handlers.trace() as trace:
                 self.model()
             theta = self.ravel({name: trace[name]["value"] for name in self.params})
             numpyro.factor("log_ratio", log_ratio(theta))
@@ -285,7 +286,7 @@ class Simulator:
 
 
 def _trace(program: Program) -> dict[str, Site]:
-    with handlers.block():
+    with TRACING, handlers.block():
         return handlers.trace(program).get_trace()
 
 
