@@ -15,12 +15,13 @@ from numpyro_smc.evidence import annealing
 from numpyro_smc.evidence.annealing import Annealed, Path
 from numpyro_smc.evidence.estimate import Evidence, log_mean_and_error
 from numpyro_smc.evidence.rows import batches, check_densities, check_plates, cut
-from numpyro_smc.programs.arguments import check_between, check_positive
+from numpyro_smc.programs.arguments import check_between, check_callable, check_plate_names, check_positive
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
-from numpyro_smc.programs.density import Pair, Params, Program
+from numpyro_smc.programs.density import Pair, Params, Program, check_masked
 from numpyro_smc.programs.guide_target import GuideTarget, State
-from numpyro_smc.programs.nonfinite import as_arrays, check_finite
+from numpyro_smc.programs.inputs import checked_call
+from numpyro_smc.programs.nonfinite import check_finite
 from numpyro_smc.programs.sites import BatchPlates
 
 SCHEDULES = ("linear", "sigmoid", "adaptive")
@@ -76,7 +77,8 @@ class AIS:
     :param batch_size: data points at a time: the programs are run on as many rows of those array arguments that have
         the leading plate's size (checked on the first batch). All if ``None``.
     :param chain_batch_size: chains at a time; must divide ``num_chains``. All if ``None``.
-    :param plates: ``"auto"``; names of plates that must enclose every site; or ``None`` for whole-model weights.
+    :param plates: ``"auto"``: the plates that enclose every site and whose elements the programs prove independent;
+        names of plates that must be so; or ``None`` for whole-model weights.
     :raises ValueError: for arguments out of range; naming the site, for discrete latents and for latents that the guide
         does not cover.
 
@@ -121,6 +123,8 @@ class AIS:
     ) -> None:
         check_positive("AIS", num_chains=num_chains, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog)
         check_positive("AIS", num_pilot_chains=num_pilot_chains)
+        check_callable("AIS", model=model, **({} if guide is None else {"guide": guide}))
+        check_plate_names("AIS", plates)
         check_between("AIS", 0.05, 0.999, target_acceptance=target_acceptance)
         for name, size in (("batch_size", batch_size), ("chain_batch_size", chain_batch_size)):
             if size is not None:
@@ -148,11 +152,15 @@ class AIS:
         :param params: constrained values of the ``param`` sites.
         :raises FloatingPointError: naming the sites, if some element's weights all vanish or are not a number.
         """
-        program_key, run_key = random.split(rng_key)
-        problem = Problem(as_arrays(params), args, kwargs, program_key)
+        call = checked_call("AIS", rng_key, self.model, self.guide, params, args, kwargs, options=(AIS, AIS.run))
+        program_key, run_key = random.split(call.rng_key)
+        problem = Problem(call.params, call.args, call.kwargs, program_key)
         chains = self.both_ways(run_key, problem)
         log_weights = chains.forward.log_weights
         value, error, ess = log_mean_and_error(log_weights)
+        target = self._abstract_target(problem)
+        if target.masked:
+            check_masked(self.pair(problem), problem.params)
         check_finite(value, self.pair(problem), problem.params)
         self._warn_of_small_steps(chains)
         return Evidence(
@@ -161,11 +169,12 @@ class AIS:
             value,
             error,
             ess,
-            self.plates_of(problem),
+            target.plates,
             jnp.mean(log_weights, axis=0),
             acceptance=chains.forward.acceptance,
             step_sizes=chains.step_sizes,
             betas=chains.betas,
+            narrow=target.narrow,
         )
 
     def both_ways(self, rng_key: Array, problem: Problem, exact: State | None = None) -> BothWays:
@@ -198,10 +207,12 @@ class AIS:
 
     def plates_of(self, problem: Problem) -> BatchPlates:
         """The enclosing plates."""
+        return self._abstract_target(problem).plates
+
+    def _abstract_target(self, problem: Problem) -> GuideTarget:
+        """The target without arrays: what is said of its programs."""
         found = []
-        jax.eval_shape(
-            lambda params: found.append(self._target(problem._replace(params=params)).plates), problem.params
-        )
+        jax.eval_shape(lambda params: found.append(self._target(problem._replace(params=params))), problem.params)
         return found[0]
 
     def _in_chain_batches(self, rng_key: Array, problem: Problem, exact: State | None) -> BothWays:
@@ -287,5 +298,7 @@ def temperatures(schedule: str | Sequence[float], num_temperatures: int) -> np.n
     betas = np.asarray(schedule, np.float64)
     increasing = betas.ndim == 1 and len(betas) > 2 and bool(np.all(np.diff(betas) > 0.0))
     if not increasing or not math.isclose(betas[0], 0.0) or not math.isclose(betas[-1], 1.0):
-        raise ValueError(f"AIS: temperatures must increase from 0 to 1, at least three of them, got {schedule!r}.")
+        raise ValueError(
+            f"AIS: the temperatures of schedule must increase from 0 to 1, at least three of them, got {schedule!r}."
+        )
     return betas

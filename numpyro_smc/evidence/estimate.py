@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from numpyro_smc.programs.arguments import check_number
 from numpyro_smc.programs.pareto import LARGE_PARETO_K
 from numpyro_smc.programs.sites import BatchPlates
 from numpyro_smc.programs.weights import leave_one_out, normalise
@@ -17,6 +18,9 @@ from numpyro_smc.reports.plots import new_axes
 
 LARGE_ERROR, SMALL_ESS, LOW_ACCEPTANCE = 0.5, 3.0, 0.15
 FEW = 0.02  # share of the elements whose trouble does not condemn the whole
+# Annealed draws that all pass by a narrow mode agree with each other, and nothing in them tells of it.
+_UNSEEN = ("No sign of trouble", " unless the draws have missed a mode, which they cannot tell")
+_PROVISOS = {"smc": _UNSEEN, "ais": _UNSEEN}
 
 
 @jax.jit
@@ -51,6 +55,7 @@ class Evidence:
       average, by about **shortfall**.
     - **pareto_k** - tail shape of the weights, of importance sampling; **acceptance**, **step_sizes**, **betas** - by
       temperature and element, of annealing; **certificate** - gap of the same chains on simulated data.
+    - **narrow** - sites where the guide's support is known to be smaller than the model's.
     - **verdict** - whether to trust it, in words; **concerns** - what speaks against it.
     """
 
@@ -67,6 +72,7 @@ class Evidence:
     betas: Array | None = None
     certificate: Any = field(default=None)
     bound: str = "lower"
+    narrow: frozenset[str] = frozenset()
 
     @property
     def value(self) -> float:
@@ -93,6 +99,7 @@ class Evidence:
 
     def interval(self, probability: float = 0.95) -> tuple[float, float]:
         """Interval for the log evidence of the full data, from Student's t; the shortfall widens it upwards."""
+        check_number("interval", "(0, 1)", probability=probability)
         width = _student_quantile(probability, self.num_samples - 1) * self.standard_error
         return self.value - width, self.value + width + self.shortfall
 
@@ -106,6 +113,12 @@ class Evidence:
     def verdict(self) -> str:
         if self.num_samples < 2:
             return "No error can be stated from a single weight: use more."
+        if self.narrow:
+            sites = ", ".join(f"'{name}'" for name in sorted(self.narrow))
+            return (
+                f"Not to be trusted: the guide's support of site {sites} is smaller than the model's, so that what the "
+                f"posterior has outside is missing from the value. Use a guide with the model's support."
+            )
         concerns = "; ".join(self.concerns)
         remedies = {"importance": "a better guide, or annealing", "smc": "more particles or moves"}
         remedy = remedies.get(self.method, "more temperatures or chains, or a start from a fitted guide")
@@ -113,7 +126,8 @@ class Evidence:
             text = f"Not to be trusted: {concerns}. The value is likely too low. Use {remedy}."
         else:
             low, high = self.interval()
-            text = f"Trustworthy: the log evidence is in [{low:.6g}, {high:.6g}] (95%), the value a lower bound"
+            head, proviso = _PROVISOS.get(self.method, ("Trustworthy", ""))
+            text = f"{head}: the log evidence is in [{low:.6g}, {high:.6g}] (95%){proviso}, the value a lower bound"
             text += f" that is {self.shortfall:.2g} too low on average."
             text += f" But {concerns}: use {remedy} if these matter." if concerns else ""
         return text if self.certificate is None else f"{text} {self.certificate.verdict}"

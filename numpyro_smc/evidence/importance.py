@@ -11,11 +11,12 @@ from jax import Array, random
 from numpyro.util import find_stack_level
 
 from numpyro_smc.evidence.estimate import Evidence, log_mean_and_error
-from numpyro_smc.programs.arguments import check_if_given, check_positive
+from numpyro_smc.programs.arguments import check_if_given, check_plate_names, check_positive
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
-from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, log_weights
-from numpyro_smc.programs.nonfinite import as_arrays, check_finite
+from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, check_masked, log_weights
+from numpyro_smc.programs.inputs import checked_call
+from numpyro_smc.programs.nonfinite import check_finite
 from numpyro_smc.programs.pareto import LARGE_PARETO_K, pareto_k
 
 
@@ -47,7 +48,8 @@ def importance(
     :param args: arguments of model and guide; also ``kwargs``.
     :param num_samples: :math:`S`; the tail needs a hundred at the least.
     :param batch_size: draws at a time; all if ``None``.
-    :param plates: ``"auto"``; names of plates that must enclose every site; or ``None`` for whole-model weights.
+    :param plates: ``"auto"``: the plates that enclose every site and whose elements the programs prove independent;
+        names of plates that must be so; or ``None`` for whole-model weights.
 
     **Example**
 
@@ -74,12 +76,18 @@ def importance(
     """
     check_positive("importance", num_samples=num_samples)
     check_if_given("importance", batch_size=batch_size)
-    params = as_arrays(params)
+    check_plate_names("importance", plates)
+    rng_key, params, args, kwargs = checked_call(
+        "importance", rng_key, model, guide, params, args, kwargs, options=(importance,)
+    )
     chosen = plates if plates is None or isinstance(plates, str) else tuple(plates)
     found = _compiled(model, guide, num_samples, batch_size, chosen)(rng_key, params, args, kwargs)
     value, error, ess = log_mean_and_error(found.values)
     proposal = bootstrap(model) if guide is None else guide
-    check_finite(value, Pair(model, proposal, args, kwargs, random.split(rng_key)[0], plates, "importance"), params)
+    pair = Pair(model, proposal, args, kwargs, random.split(rng_key)[0], plates, "importance")
+    if found.masked:
+        check_masked(pair, params)
+    check_finite(value, pair, params)
     k = pareto_k(found.values)
     mean = jnp.mean(found.values, axis=0)
     heavy = int(np.sum(k > LARGE_PARETO_K))
@@ -90,7 +98,9 @@ def importance(
             f"wider or better fitted guide, or AIS.",
             stacklevel=find_stack_level(),
         )
-    return Evidence("importance", num_samples, value, error, ess, found.plates, mean, pareto_k=jnp.asarray(k))
+    return Evidence(
+        "importance", num_samples, value, error, ess, found.plates, mean, pareto_k=jnp.asarray(k), narrow=found.narrow
+    )
 
 
 @lru_cache(maxsize=32)

@@ -16,10 +16,14 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_smc.kernels.conditional_smc import ConditionalSMC
+from numpyro_smc.programs.arguments import check_callable, named
+from numpyro_smc.programs.inputs import check_arrays, check_program
 from numpyro_smc.programs.pinned import Path, path_sites
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.sequence import Program
+from numpyro_smc.programs.supports import Supported, log_prob
 from numpyro_smc.programs.tracing import TRACING
+from numpyro_smc.programs.unconstrained import FreeOfImproper, is_improper
 
 
 class ParticleGibbs(Gibbs):
@@ -87,10 +91,12 @@ class ParticleGibbs(Gibbs):
         **options: Any,
     ) -> None:
         # Enumeration is for other algorithms: the states of a path are sampled here.
-        unmarked = handlers.infer_config(model, config_fn=_unmarked)
-        path_kernel = ConditionalSMC(unmarked, num_particles, **options)
+        unmarked = Supported(handlers.infer_config(model, config_fn=_unmarked))
+        with named("ParticleGibbs"):
+            path_kernel = ConditionalSMC(unmarked, num_particles, **options)
         kernel = NUTS if parameter_kernel is None else parameter_kernel
         if not isinstance(kernel, MCMCKernel):
+            check_callable("ParticleGibbs", model=model, parameter_kernel=kernel)
             kernel = kernel(model)
         if getattr(kernel, "model", None) is not model:
             raise ValueError(
@@ -117,6 +123,11 @@ class ParticleGibbs(Gibbs):
         model_kwargs: dict[str, Any] | None = None,
     ) -> GibbsState:
         """Parameters by the parameter kernel's own initialisation, and a path by a filter at these."""
+        check_arrays("ParticleGibbs", (model_args, model_kwargs))
+        path_kernel = self._path_kernel
+        check_program(
+            "ParticleGibbs", self._model, path_kernel._guide, path_kernel.params, model_args, model_kwargs or {}
+        )
         one_key = rng_key if is_prng_key(rng_key) else rng_key[0]
         self._names, parameters = self._read_names(one_key, model_args, model_kwargs or {})
         if not parameters:
@@ -148,7 +159,15 @@ class ParticleGibbs(Gibbs):
         """A path by a filter at parameters of the prior, or at those that are given."""
         read_key, path_key = random.split(rng_key)
         model, given = self._path_kernel.model, self._path_kernel.params
-        sequence = read_sequence(read_key, model, None, given, args, kwargs, user="ParticleGibbs", given_globals=False)
+        free = FreeOfImproper(model)
+        sequence = read_sequence(read_key, free, None, given, args, kwargs, user="ParticleGibbs", given_globals=False)
+        for name in sequence.global_values.keys() - params.keys() - given.keys():
+            if is_improper(sequence.model.prefix[name]):
+                raise ValueError(
+                    f"ParticleGibbs: the prior of site '{name}' is improper (ImproperUniform, or masked), so no value "
+                    f"can be drawn from it to start from. Give it a proper prior, or a start: "
+                    f"init_params={{'{name}': ...}}, unconstrained."
+                )
         values = {name: value for name, value in sequence.global_values.items() if name not in given}
         for name in params.keys() & values.keys():
             is_unconstrained = isinstance(self._kernels[1], HMC)
@@ -169,7 +188,7 @@ class ParticleGibbs(Gibbs):
         def read(rng_key: Array) -> Array:
             model, params = self._path_kernel.model, self._path_kernel.params
             sequence = read_sequence(
-                rng_key, model, None, params, args, kwargs, user="ParticleGibbs", given_globals=False
+                rng_key, FreeOfImproper(model), None, params, args, kwargs, user="ParticleGibbs", given_globals=False
             )
             initial, steps = path_sites(sequence)
             names.append(((*initial, *steps), tuple(n for n in sequence.global_values if n not in params)))
@@ -223,7 +242,7 @@ class ParticleGibbs(Gibbs):
             given = handlers.substitute(handlers.seed(self._model, random.key(0)), data=constrain(z))
             with TRACING:
                 trace = handlers.trace(given).get_trace(*args, **kwargs)
-            return {name: jnp.sum(s["fn"].log_prob(s["value"])) for name, s in trace.items() if s["type"] == "sample"}
+            return {name: jnp.sum(log_prob(s["fn"], s["value"])) for name, s in trace.items() if s["type"] == "sample"}
 
         each = log_densities if is_prng_key(state.rng_key) else jax.vmap(log_densities)
         for name, value in each(state.z).items():

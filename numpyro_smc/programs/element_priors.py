@@ -10,6 +10,7 @@ import numpyro.distributions as dist
 from jax import Array
 
 from numpyro_smc.programs.sites import Site
+from numpyro_smc.programs.supports import log_prob
 
 
 def density_of_elements(site: Site, name: str, indices: np.ndarray, user: str) -> Callable[[Array], Array]:
@@ -29,8 +30,8 @@ def density_of_elements(site: Site, name: str, indices: np.ndarray, user: str) -
     def log_density(piece: Array) -> Array:
         full = jnp.ravel(value).at[indices].set(piece).reshape(value.shape)
         if len(indices) == value.size:
-            return jnp.sum(whole.log_prob(full))
-        return jnp.sum(jnp.broadcast_to(fn.log_prob(full), value.shape).reshape(-1)[indices])
+            return jnp.sum(log_prob(whole, full))
+        return jnp.sum(jnp.broadcast_to(log_prob(fn, full), value.shape).reshape(-1)[indices])
 
     return log_density
 

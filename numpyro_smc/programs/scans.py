@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, random
 from numpyro import handlers
 from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.primitives import _PYRO_STACK, Messenger
 
+from numpyro_smc.programs.masked_latents import with_proper_dummies
 from numpyro_smc.programs.sites import in_control_flow
 from numpyro_smc.programs.tracing import TRACING
 
@@ -253,7 +255,12 @@ def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger], number: 
         leaves = jax.tree.leaves(xs)
         if not leaves:
             raise ValueError("The scan has neither xs nor length: give scan(..., length=number_of_steps).")
-        length = jnp.shape(leaves[0])[0]
+        if not np.shape(leaves[0]):
+            raise ValueError(
+                f"The scan's xs hold {leaves[0]!r}, which has no axis of time. Give arrays: a list of numbers is "
+                f"jax.numpy.asarray(list)."
+            )
+        length = np.shape(leaves[0])[0]
     if length == 0:
         raise ValueError("The scan has length 0: there is no series to filter. Give at least one step.")
     for leaf in jax.tree.leaves(xs):
@@ -286,13 +293,13 @@ def run_prefix(program: Callable[[], Any], *around: Messenger, is_guide: bool = 
                 _run_under(around, program)
         except _ScanReached as reached:
             _check_flow(trace)
-            return trace, reached.scan
+            return with_proper_dummies(trace), reached.scan
     if catch.without_sites is not None and not is_guide:
         before, make_scan = catch.without_sites
         _check_flow(before)
-        return before, make_scan()
+        return with_proper_dummies(before), make_scan()
     _check_flow(trace)
-    return trace, None
+    return with_proper_dummies(trace), None
 
 
 def run_step(scan: Scan, t: Array, carry: Any, x: Any, *around: Messenger) -> tuple[Any, Any, Trace]:
@@ -309,7 +316,7 @@ def run_step(scan: Scan, t: Array, carry: Any, x: Any, *around: Messenger) -> tu
                 f"numpyro.param '{name}' stands inside the scan body. Declare it (and any network) before the scan and "
                 f"let the body use its value."
             )
-    return new_carry, output, trace
+    return new_carry, output, with_proper_dummies(trace)
 
 
 def _run_under(around: tuple[Messenger, ...], program: Callable[[], Any]) -> Any:

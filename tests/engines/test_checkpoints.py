@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from numpyro.contrib.control_flow import scan
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.infer.autoguide import AutoDelta, AutoNormal
 
+import numpyro_smc
 from numpyro_smc import IWELBO, SMC2, LocalOptimizer, ParticleFilter, SMCSampler, fit
 from numpyro_smc.engines import checkpoint as module
 from numpyro_smc.engines.checkpoint import load_pytree, save_pytree
@@ -94,7 +96,11 @@ def test_another_process_goes_on_with_the_same_program(tmp_path):
     (tmp_path / "program.py").write_text(textwrap.dedent(program))
 
     def run(*args):
-        return subprocess.run([sys.executable, "program.py", *args], cwd=tmp_path, capture_output=True, text=True)
+        command, paths = (
+            [sys.executable, "program.py", *args],
+            {"PYTHONPATH": str(Path(numpyro_smc.__file__).parents[1])},
+        )
+        return subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True)
 
     assert run("3", "1.0").stdout == "3\n" and run("5", "1.0").stdout == "5\n"
     refused = run("7", "2.0")

@@ -1,11 +1,13 @@
 """A fingerprint changes with everything that a program computes with, and with nothing else."""
 
+import os
 import subprocess
 import sys
 import textwrap
 import threading
 import types
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ from jax import random
 from numpyro import handlers
 from numpyro.infer.autoguide import AutoNormal
 
+import numpyro_smc
 from numpyro_smc import IWELBO, ParticleFilter
 from numpyro_smc.programs.fingerprint import fingerprint
 
@@ -211,7 +214,8 @@ def test_another_process_makes_the_same_digest(tmp_path):
     """
     file = tmp_path / "program.py"
     file.write_text(textwrap.dedent(program))
-    said = {subprocess.run([sys.executable, file], capture_output=True, text=True, check=True).stdout for _ in range(2)}
+    options = {"env": os.environ | {"PYTHONPATH": str(Path(numpyro_smc.__file__).parents[1])}, "check": True}
+    said = {subprocess.run([sys.executable, file], capture_output=True, text=True, **options).stdout for _ in range(2)}
     assert len(said) == 1 and said.pop().endswith(" ()\n")
 
 
