@@ -96,11 +96,9 @@ def test_another_process_goes_on_with_the_same_program(tmp_path):
     (tmp_path / "program.py").write_text(textwrap.dedent(program))
 
     def run(*args):
-        command, paths = (
-            [sys.executable, "program.py", *args],
-            {"PYTHONPATH": str(Path(numpyro_smc.__file__).parents[1])},
-        )
-        return subprocess.run(command, cwd=tmp_path, env=os.environ | paths, capture_output=True, text=True)
+        paths = {"PYTHONPATH": str(Path(numpyro_smc.__file__).parents[1])}
+        options = {"cwd": tmp_path, "env": os.environ | paths, "capture_output": True, "text": True}
+        return subprocess.run([sys.executable, "program.py", *args], **options)
 
     assert run("3", "1.0").stdout == "3\n" and run("5", "1.0").stdout == "5\n"
     refused = run("7", "2.0")
