@@ -7,9 +7,11 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jax import Array
+from jax import Array, random
 
 from numpyro_smc.programs.sites import Site
+
+_NUM_DRAWS = 64
 
 
 def density_of_elements(site: Site, name: str, indices: np.ndarray, user: str) -> Callable[[Array], Array]:
@@ -33,6 +35,16 @@ def density_of_elements(site: Site, name: str, indices: np.ndarray, user: str) -
         return jnp.sum(jnp.broadcast_to(fn.log_prob(full), value.shape).reshape(-1)[indices])
 
     return log_density
+
+
+def constant_elements(site: Site) -> np.ndarray:
+    """Which elements of a site's draws do not vary, to rounding, though others do: bool ``[size]``."""
+    size = jnp.size(site["value"])
+    if size == 1:
+        return np.zeros(1, bool)
+    draws = np.asarray(site["fn"].sample(random.key(0), (_NUM_DRAWS,))).reshape(_NUM_DRAWS, size)
+    found = np.ptp(draws, axis=0) <= 4 * np.finfo(draws.dtype).eps * np.abs(draws).max(axis=0)
+    return np.zeros(size, bool) if found.all() else found
 
 
 def bounds_of_elements(site: Site) -> np.ndarray:

@@ -19,7 +19,7 @@ from jax import Array, random
 from numpyro import handlers
 from numpyro.infer.inspect import get_dependencies
 
-from numpyro_smc.programs.element_priors import bounds_of_elements, density_of_elements
+from numpyro_smc.programs.element_priors import bounds_of_elements, constant_elements, density_of_elements
 from numpyro_smc.programs.hidden_draws import Hides, is_tractable
 from numpyro_smc.programs.sites import Site, in_control_flow, is_latent, plate_scales
 
@@ -187,6 +187,11 @@ class Simulator:
             return jnp.sum(jnp.stack([part(piece) for part, piece in zip(parts, pieces, strict=True)]))
 
         return log_density
+
+    def constant(self) -> np.ndarray:
+        """Which elements of the parameters are the same in all draws though others of their site are not, such as the
+        zeros of a triangular matrix: bool ``[D]``."""
+        return np.concatenate([constant_elements(self._sites[name]) for name in self.params])
 
     def support(self) -> np.ndarray:
         """Bounds of the parameters' elements, infinite where there are none: ``[D, 2]``."""
