@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jax import Array, random
+from numpyro.distributions.transforms import biject_to
 
 from numpyro_smc.programs.sites import Site
 
@@ -28,13 +29,35 @@ def density_of_elements(site: Site, name: str, indices: np.ndarray, user: str) -
             f"its elements has no closed form. Take the whole site, or use sir or sample, which need no density."
         )
 
+    on_surface = is_on_surface(site)
+
     def log_density(piece: Array) -> Array:
         full = jnp.ravel(value).at[indices].set(piece).reshape(value.shape)
         if len(indices) == value.size:
-            return jnp.sum(whole.log_prob(full))
-        return jnp.sum(jnp.broadcast_to(fn.log_prob(full), value.shape).reshape(-1)[indices])
+            inside = True if on_surface else jnp.all(whole.support(full))
+            return jnp.where(inside, jnp.sum(whole.log_prob(full)), -jnp.inf)
+        inside = jnp.broadcast_to(fn.support(full), value.shape).reshape(-1)[indices]
+        found = jnp.broadcast_to(fn.log_prob(full), value.shape).reshape(-1)[indices]
+        return jnp.where(jnp.all(inside), jnp.sum(found), -jnp.inf)
 
     return log_density
+
+
+def is_on_surface(site: Site) -> bool:
+    """Whether a site's support has fewer dimensions than its values have elements, as a simplex."""
+    shape = jnp.shape(site["value"])
+    try:
+        return int(np.prod(biject_to(site["fn"].support).inverse_shape(shape))) < int(np.prod(shape))
+    except NotImplementedError:  # a support without a bijection: a sphere, say
+        return True
+
+
+def is_factorized(site: Site) -> bool:
+    """Whether a site's elements are independent for certain."""
+    fn = site["fn"]
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return not fn.event_shape and not isinstance(fn, dist.MaskedDistribution)
 
 
 def constant_elements(site: Site) -> np.ndarray:

@@ -102,7 +102,9 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"StoredData: '{file}' is damaged ({error}). Restore it, or delete the folder and simulate again."
         ) from error
     if not isinstance(found, dict):
-        raise ValueError(f"StoredData: '{file}' holds no settings. Restore it, or delete the folder and simulate again.")
+        raise ValueError(
+            f"StoredData: '{file}' holds no settings. Restore it, or delete the folder and simulate again."
+        )
     return found
 
 

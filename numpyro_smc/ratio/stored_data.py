@@ -232,7 +232,9 @@ def _prepared(folder: Path) -> Path:
         raise ValueError(f"write: '{folder}' is a file; name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
-        raise PermissionError(f"write: the folder '{folder}' cannot be written; change its permissions or name another.")
+        raise PermissionError(
+            f"write: the folder '{folder}' cannot be written; change its permissions or name another."
+        )
     for pattern in (".part_*", f".{SETTINGS}.*"):
         for left_over in folder.glob(pattern):
             left_over.unlink()
@@ -256,7 +258,9 @@ def _check_same(folder: Path, name: str, found: Any, wanted: Any) -> None:
         return
     if isinstance(found, dict) and isinstance(wanted, dict):
         differing = next(part for part in {**wanted, **found} if found.get(part) != wanted.get(part))
-        return _check_same(folder, f"{name}={{{differing!r}: ...}}, {differing}", found.get(differing), wanted.get(differing))
+        return _check_same(
+            folder, f"{name}={{{differing!r}: ...}}, {differing}", found.get(differing), wanted.get(differing)
+        )
     raise ValueError(
         f"write: the folder '{folder}' was begun with {name}={found!r}, not {wanted!r}. Name another folder, or delete "
         f"this one."

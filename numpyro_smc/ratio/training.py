@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from numpyro_smc.engines.checkpoint import check_folder, identity_of
 from numpyro_smc.programs.arguments import check_if_given, check_positive
 from numpyro_smc.ratio.datasets import RatioData, SimulationData
+from numpyro_smc.ratio.description import digest_of
 from numpyro_smc.ratio.learning_rates import ConstantRate, LearningRate, learning_rate_schedule
 from numpyro_smc.ratio.losses import BalancedLoss, RatioLoss
 from numpyro_smc.ratio.masks import MaskLaw, default_mask_law
@@ -26,6 +28,7 @@ from numpyro_smc.ratio.training_result import RatioFit, TrainingProgress
 __all__ = ["fit"]
 
 _ROWS_FOR_MOMENTS = 2**18
+_NUM_MASKS = 1000
 
 
 def fit(
@@ -91,6 +94,7 @@ def fit(
     :return: a :class:`~numpyro_smc.ratio.training_result.RatioFit`.
     :raises ValueError: if an argument makes no sense, there are too few simulations for a batch, a batch has too few
         rows for the loss, or ``checkpoint`` is of another training.
+    :raises FloatingPointError: if no epoch had a finite loss.
 
     **Example**
 
@@ -113,18 +117,25 @@ def fit(
     """
     check_positive("fit", batch_size=batch_size, max_epochs=max_epochs)
     check_if_given("fit", steps_per_epoch=steps_per_epoch, patience=patience)
+    _check_number("learning_rate", learning_rate, above=0.0)
+    _check_number("weight_decay", weight_decay, from_=0.0)
+    if clip_norm is not None:
+        _check_number("clip_norm", clip_norm, above=0.0, remedy="None is for no limit.")
+    _check_kinds(network, loss, data, masks, validation, weights)
     if keep not in ("best", "last"):
         raise ValueError(f"fit: keep must be 'best' or 'last', got {keep!r}.")
     if masks is not None and not network.has_masks:
         raise ValueError("fit: masks are given, but the network has none; build it with has_masks=True.")
     if network.has_masks and masks is None:
         masks = default_mask_law(network.size)
+    if masks is not None:
+        _check_masks(masks, network.size)
     rule, step_rate = _rule_and_step_rate(schedule)
     program = Program(network, loss, masks, batch_size, weight_decay, clip_norm, log_weight, step_rate)
 
     init_key, split_key, epochs_key, validation_key = random.split(rng_key, 4)
     held_out = validation if isinstance(validation, RatioData) else None
-    if isinstance(validation, float | int):
+    if validation is not None and not isinstance(validation, RatioData):
         data, held_out = data.split(split_key, validation)
     if data.num_batches(batch_size) == 0:
         raise ValueError(
@@ -138,10 +149,12 @@ def fit(
     validated = None if held_out is None else _Validation(program, held_out, validation_key)
 
     progress = TrainingProgress(initial_state(program, weights.trained), weights.trained)
-    identity = _identity(rng_key, program, data, held_out, num_steps, learning_rate, rule, max_epochs)
     check_folder("fit", checkpoint)
-    if checkpoint is not None and os.path.exists(checkpoint):
-        progress = progress.load(checkpoint, identity)
+    settings: dict[str, Any] = {}
+    if checkpoint is not None:
+        settings = _settings(rng_key, program, data, held_out, num_steps, learning_rate, rule, max_epochs, weights)
+        if os.path.exists(checkpoint):
+            progress = progress.load(checkpoint, settings)
     epochs = _Epochs(program, standardization, data, num_steps, num_steps * max_epochs)
 
     ending = "all of them"
@@ -164,7 +177,7 @@ def fit(
                 row = {"epoch": number + 1, **row, "learning_rate": shown_rate}
                 progress = progress.followed_by(state, row | {"seconds": time.perf_counter() - started})
                 if checkpoint is not None:
-                    progress.save(checkpoint, identity)
+                    progress.save(checkpoint, settings)
                 bar.update()
                 shown = {name: f"{row[name]:.4g}" for name in ("loss", "validation_loss") if name in row}
                 bar.set_postfix(shown | {"best": progress.best_epoch})
@@ -172,6 +185,7 @@ def fit(
             if not progress.table:
                 raise
             ending = "interrupted"
+    _check_learned(progress, keep, program, learning_rate)
     chosen = progress.best if keep == "best" else progress.state.trained
     return RatioFit(RatioWeights(chosen, standardization), list(progress.table), progress.best_epoch, ending)
 
@@ -196,6 +210,7 @@ class _Epochs:
     def run(self, state: Any, rng_key: Array, rate: float) -> tuple[Any, dict[str, float]]:
         losses, kept, done = np.empty(0), np.empty(0, bool), 0
         while done < self.num_steps:
+            done_before = done
             chunks_key, steps_key = random.split(random.fold_in(rng_key, done))
             for number, chunk in enumerate(self.data.chunks(chunks_key)):
                 chunk_key = random.fold_in(steps_key, number)
@@ -204,6 +219,11 @@ class _Epochs:
                 losses, kept, done = np.append(losses, chunk_losses), np.append(kept, chunk_kept), done + num
                 if done == self.num_steps:
                     break
+            if done == done_before:
+                raise ValueError(
+                    f"fit: no chunk of the data has batch_size={self.program.batch_size} simulations that are finite; "
+                    f"lower it, or raise the chunks' size."
+                )
         if not kept.all() and not self.has_warned:
             self.has_warned = True
             warnings.warn(
@@ -266,7 +286,7 @@ class _Validation:
         return {"validation_loss": float(losses.mean()), "validation_loss_sd": float(losses.std())}
 
 
-def _identity(
+def _settings(
     rng_key: Array,
     program: Program,
     data: SimulationData,
@@ -275,16 +295,96 @@ def _identity(
     learning_rate: float,
     rule: LearningRate,
     max_epochs: int,
-) -> np.ndarray:
-    """A digest of what a checkpoint must have been written with; shapes of the weights are compared besides."""
+    weights: RatioWeights,
+) -> dict[str, Any]:
+    """What a checkpoint must have been written with."""
     network = program.network
     has_horizon = isinstance(program.loss, BalancedLoss) or not isinstance(rule, ConstantRate)
-    description = [
-        np.asarray(random.key_data(rng_key)).tolist(),
-        (network.size, network.has_masks, network.marginals, network.context_size, network.log_parameters),
-        (program.loss, program.masks, program.batch_size, program.weight_decay, program.clip_norm),
-        (num_steps, learning_rate, rule, max_epochs if has_horizon else None),
-        data.digest(),
-        None if held_out is None else held_out.digest(),
-    ]
-    return identity_of(repr(description))
+    has_horizon |= program.step_rate is not None
+    architecture = (network.trunk, network.embedding, network.has_masks, network.marginals, network.context_size)
+    return {
+        "random key": np.asarray(random.key_data(rng_key)).tolist(),
+        "network": digest_of(*architecture, network.size, network.log_parameters, network.standardize_x),
+        "initial weights": identity_of("", weights).tobytes().hex(),
+        "loss": digest_of(program.loss),
+        "masks": digest_of(program.masks),
+        "log_weight": digest_of(program.log_weight),
+        "batch_size": program.batch_size,
+        "weight_decay": program.weight_decay,
+        "clip_norm": program.clip_norm,
+        "steps_per_epoch": num_steps,
+        "learning_rate": learning_rate,
+        "schedule": digest_of(rule, program.step_rate),
+        "max_epochs (which the schedule depends on)": max_epochs if has_horizon else None,
+        "simulations": data.digest(),
+        "validation": None if held_out is None else held_out.digest(),
+    }
+
+
+def _check_number(
+    name: str, value: Any, *, above: float = -math.inf, from_: float = -math.inf, remedy: str = ""
+) -> None:
+    is_real = isinstance(value, float | int | np.number) and not isinstance(value, bool)
+    if not is_real or not (above < value < math.inf and value >= from_):
+        expected = "a positive number" if above == 0 else "a number that is not negative"
+        raise ValueError(f"fit: {name} must be {expected}, got {value!r}. {remedy}".strip())
+
+
+def _check_kinds(network: Any, loss: Any, data: Any, masks: Any, validation: Any, weights: Any) -> None:
+    kinds: tuple[tuple[str, Any, Any, str], ...] = (
+        ("network", network, RatioNetwork, "a RatioNetwork"),
+        ("loss", loss, RatioLoss, "a loss of numpyro_smc.ratio.losses"),
+        ("data", data, SimulationData, "RatioData or StoredData"),
+        ("masks", masks, MaskLaw | None, "a law of masks such as UniformMask()"),
+        ("weights", weights, RatioWeights | None, "RatioWeights"),
+        (
+            "validation",
+            validation,
+            float | int | np.number | RatioData | None,
+            "a part of the simulations between 0 and 1, RatioData, or None",
+        ),
+    )
+    for name, value, kind, expected in kinds:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"fit: {name} must be {expected}, got {value!r}.")
+
+
+def _check_masks(masks: MaskLaw, size: int) -> None:
+    """A few draws of a law: one mask a row, none of which keeps nothing."""
+    some = masks.sample(random.key(0), _NUM_MASKS, size)
+    if some.shape != (_NUM_MASKS, size) or some.dtype != bool:
+        raise ValueError(
+            f"fit: masks.sample(rng_key, {_NUM_MASKS}, {size}) must return booleans [{_NUM_MASKS}, {size}], but "
+            f"returns {some.dtype} {list(some.shape)}."
+        )
+    num_empty = int((~np.asarray(some).any(1)).sum())
+    if num_empty:
+        raise ValueError(
+            f"fit: {num_empty} of {_NUM_MASKS} masks of {masks!r} keep no parameter; every mask must keep at least one."
+        )
+
+
+def _check_learned(progress: TrainingProgress, keep: str, program: Program, learning_rate: float) -> None:
+    """:raises FloatingPointError: if the weights to be returned never had a finite loss."""
+    monitored = progress.monitored
+    loss = min(monitored) if keep == "best" else monitored[-1]
+    remedy = (
+        f"Lower learning_rate={learning_rate:g}, set clip_norm (now {program.clip_norm}), and look for simulations of "
+        f"huge numbers."
+    )
+    if not math.isfinite(loss):
+        which = "none of the epochs had" if keep == "best" else "the last epoch did not have"
+        raise FloatingPointError(
+            f"fit: {which} a finite loss ({len(monitored)} epochs): the training diverged. {remedy}"
+        )
+    num_joint, num_marginal = program.loss.num_contrasts
+    tail = (program.batch_size,) if program.network.marginals is None else (1, len(program.network.marginals))
+    if num_joint + num_marginal:
+        zeros = np.zeros((1 + num_joint, *tail)), np.zeros((max(num_marginal, 1), *tail))
+        of_guessing = float(program.loss.of_log_ratios(*map(jnp.asarray, zeros)))
+        if loss > 2 * of_guessing:
+            warnings.warn(
+                f"fit: the loss of the weights returned is {loss:.4g}, more than twice that of a ratio of one "
+                f"everywhere, {of_guessing:.4g}: the training diverged. {remedy}",
+                stacklevel=3,
+            )
