@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from typing import Any
 
 import jax
@@ -11,6 +14,9 @@ import numpy as np
 
 from numpyro_smc.programs.fingerprint import fingerprint
 from numpyro_smc.programs.simulator import Simulator
+from numpyro_smc.ratio.losses import RatioLoss
+from numpyro_smc.ratio.masks import MaskLaw
+from numpyro_smc.ratio.ratio_network import RatioNetwork
 
 _FEW = 8
 
@@ -31,6 +37,50 @@ def describe_simulator(simulator: Simulator, nonfinite: Any) -> dict[str, Any]:
         "nonfinite": nonfinite if isinstance(nonfinite, str) else digest_of(nonfinite),
         "simulator": digest_of(simulator.model),
     }
+
+
+def describe_network(network: RatioNetwork, loss: RatioLoss, masks: MaskLaw | None) -> dict[str, Any]:
+    """Of what is trained."""
+    return {
+        "loss": repr(loss) if is_dataclass(loss) else digest_of(loss),
+        "masks": repr(masks) if masks is None or is_dataclass(masks) else digest_of(masks),
+        "marginals": network.marginals,
+        "log_parameters": network.log_parameters,
+        "standardize_x": network.standardize_x,
+        "trunk": digest_of(network.trunk),
+        "embedding": digest_of(network.embedding),
+    }
+
+
+def check_same_simulator(where: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """:raises ValueError: naming what differs between the simulator of stored data and another."""
+    difference = first_difference(found, as_json(wanted))
+    if difference is not None:
+        name, one, other = difference
+        raise ValueError(
+            f"NRE.train: the simulations in {where} are of another simulator: {name} is {one!r} there, but {other!r} "
+            f"here."
+        )
+
+
+def check_same_nre(path: str | os.PathLike, text: bytes, wanted: Mapping[str, Any]) -> None:
+    """:raises ValueError: naming what differs between the NRE of a file and another."""
+    try:
+        found = json.loads(text)
+    except ValueError:  # of an earlier version
+        found = {"description": text.decode(errors="replace")}
+    difference = first_difference(found, as_json(wanted))
+    if difference is not None:
+        name, one, other = difference
+        raise ValueError(
+            f"NRE.load: '{os.fspath(path)}' is of another NRE: {name} is\n  {one!r} in the file, but\n  {other!r} "
+            f"here. Build the NRE with the arguments it was trained with."
+        )
+
+
+def as_json(value: Any) -> Any:
+    """As a file gives it back."""
+    return json.loads(json.dumps(value))
 
 
 def in_words(fn: Any) -> str:

@@ -327,7 +327,7 @@ class RatioEstimator:
         """
         found = self._simulate(random.split(rng_key, num))
         if self.nonfinite != "drop":
-            data = RatioData(*found, self.nonfinite)
+            data = RatioData(found.theta, found.x, found.context, self.nonfinite)
             return found if self.nonfinite == "raise" else found._replace(x=jnp.asarray(data.x, found.x.dtype))
         parts, num_found = [_finite_rows(found)], 0
         for number in range(_MOST_PARTS):

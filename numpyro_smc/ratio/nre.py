@@ -6,7 +6,6 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from typing import Any
 
 import jax
@@ -17,14 +16,14 @@ from numpyro_smc.engines.checkpoint import AnyLength, load_pytree
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.simulator import Program, Simulations, Simulator
 from numpyro_smc.ratio.datasets import RatioData, check_policy
-from numpyro_smc.ratio.description import describe_simulator, digest_of, first_difference
+from numpyro_smc.ratio.description import check_same_nre, check_same_simulator, describe_network, describe_simulator
 from numpyro_smc.ratio.estimator import RatioEstimator
 from numpyro_smc.ratio.finiteness import Finiteness, FinitenessWeights
 from numpyro_smc.ratio.losses import RatioLoss, ratio_loss
 from numpyro_smc.ratio.masks import MaskLaw, SelectionMask, parse_masks
 from numpyro_smc.ratio.networks import Embedding, Network, residual_mlp
-from numpyro_smc.ratio.offline import check_from_prior
-from numpyro_smc.ratio.ratio_network import RatioNetwork, is_constant
+from numpyro_smc.ratio.offline import check_failures, check_from_prior, check_varies
+from numpyro_smc.ratio.ratio_network import RatioNetwork
 from numpyro_smc.ratio.seen import Seen
 from numpyro_smc.ratio.stored_data import StoredData, write
 from numpyro_smc.ratio.training import fit
@@ -256,7 +255,7 @@ class NRE:
         some = data.first(_ROWS)
         if num_simulations is None:
             self._check_data(data, some, box)
-        self._check_varies(some.theta)
+        check_varies(some.theta, self.simulator.constant(), self.simulator.elements)
         finiteness = None
         if self.nonfinite == "drop":
             key = random.fold_in(rng_key, _FINITENESS)
@@ -318,7 +317,7 @@ class NRE:
             contents = load_pytree(path, like)
         except ValueError as error:
             raise ValueError(f"NRE.load: {error} Build the NRE with the arguments it was trained with.") from error
-        self._check_description(path, contents["description"].tobytes())
+        check_same_nre(path, contents["description"].tobytes(), self._description)
         box = contents["box"]
         box = box if np.isfinite(box.low).any() else None
         return self._estimator(contents["weights"], box, contents["finiteness"], contents["seen"], None)
@@ -347,76 +346,23 @@ class NRE:
 
     @property
     def _description(self) -> dict[str, Any]:
-        network = self.network
-        return describe_simulator(self.simulator, self.nonfinite) | {
-            "loss": repr(self.loss),
-            "masks": repr(self.masks) if is_dataclass(self.masks) else digest_of(self.masks),
-            "marginals": network.marginals and [list(mask) for mask in network.marginals],
-            "log_parameters": network.log_parameters and list(network.log_parameters),
-            "standardize_x": network.standardize_x,
-            "trunk": digest_of(network.trunk),
-            "embedding": digest_of(network.embedding),
-        }
-
-    def _check_description(self, path: str | os.PathLike, text: bytes) -> None:
-        wanted = json.loads(json.dumps(self._description))
-        try:
-            found = json.loads(text)
-        except ValueError:
-            found = {"description": text.decode(errors="replace")}
-        difference = first_difference(found, wanted)
-        if difference is not None:
-            name, one, other = difference
-            raise ValueError(
-                f"NRE.load: '{os.fspath(path)}' is of another NRE: {name} is\n  {one!r} in the file, but\n  {other!r} "
-                f"here. Build the NRE with the arguments it was trained with."
-            )
+        return describe_simulator(self.simulator, self.nonfinite) | describe_network(
+            self.network, self.loss, self.masks
+        )
 
     def _check_data(self, data: Any, some: RatioData, box: Box | None) -> None:
-        """Are given data of this simulator and of the prior?"""
-        settings = getattr(data, "settings", {}).get("settings")
-        if settings and "simulator" in settings:
-            difference = first_difference(
-                settings, json.loads(json.dumps(describe_simulator(self.simulator, self.nonfinite)))
-            )
-            if difference is not None:
-                name, one, other = difference
-                raise ValueError(
-                    f"NRE.train: the simulations in '{data.path}' are of another simulator: {name} is {one!r} there, "
-                    f"but {other!r} here."
-                )
-        if getattr(data, "lacks_failures", False):
-            raise ValueError(
-                f"NRE.train: simulations that failed were left out of '{data.path}' without a record of their "
-                f"parameters, so that only the law given a finite output is known, and no posterior under the prior. "
-                f"Simulate anew."
-            )
-        assert some.failed is not None
-        if len(some.failed) and not self._drops:
-            raise ValueError(
-                f"NRE.train: {len(some.failed)} simulations that failed were left out of the data, which changes the "
-                f"law of the parameters. Build the NRE with nonfinite='drop'."
-            )
+        """:raises ValueError: for given data of another simulator or prior, or without their failures."""
 
         def draw(num: int) -> np.ndarray:
-            return np.asarray(self._prior_draws(random.key(_PRIOR), num, box))
+            if box is not None:
+                return np.asarray(draw_within(random.key(_PRIOR), self.simulator.prior, box, num)[0])
+            return np.asarray(jax.jit(jax.vmap(self.simulator.prior))(random.split(random.key(_PRIOR), num)))
 
+        settings = getattr(data, "settings", {}).get("settings", {})
+        if "simulator" in settings:
+            check_same_simulator(f"'{data.path}'", settings, describe_simulator(self.simulator, self.nonfinite))
+        check_failures(some, self._drops, is_incomplete=getattr(data, "lacks_failures", False))
         check_from_prior(np.concatenate([some.theta, some.failed]), draw, self.simulator.elements)
-
-    def _prior_draws(self, rng_key: Array, num: int, box: Box | None) -> Array:
-        if box is not None:
-            return draw_within(rng_key, self.simulator.prior, box, num)[0]
-        return jax.jit(jax.vmap(self.simulator.prior))(random.split(rng_key, num))
-
-    def _check_varies(self, theta: np.ndarray) -> None:
-        """:raises ValueError: naming the parameter that has one value only."""
-        constant = is_constant(theta) & ~self.simulator.constant()
-        if constant.any():
-            number = int(np.argmax(constant))
-            raise ValueError(
-                f"NRE.train: parameter '{self.simulator.elements[number]}' is {theta[0, number]:g} in all simulations: "
-                f"there is nothing to infer of it. Leave it out of params, or give it a prior that varies."
-            )
 
     def _subsets(self, subsets: Sequence[Any] | str) -> np.ndarray:
         """Masks from names, words and booleans."""

@@ -1,4 +1,4 @@
-"""Are parameters of given simulations draws from the prior that the posterior will be multiplied by?"""
+"""Are simulations such that a posterior follows from them: of the whole prior, with their failures, and varying?"""
 
 from __future__ import annotations
 
@@ -6,9 +6,43 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from numpyro_smc.ratio.datasets import RatioData
+from numpyro_smc.ratio.ratio_network import is_constant
+
 _FALSE_ALARMS = 1e-9
 _NUM_PROJECTIONS = 8
 _FEWEST = 50
+
+
+def check_varies(theta: np.ndarray, constant: np.ndarray, elements: Sequence[str]) -> None:
+    """:param constant: elements that are constant by their nature, bool ``[D]``.
+    :raises ValueError: naming another parameter that has one value only.
+    """
+    found = is_constant(theta) & ~constant
+    if found.any():
+        number = int(np.argmax(found))
+        raise ValueError(
+            f"NRE.train: parameter '{elements[number]}' is {theta[0, number]:g} in all simulations: there is nothing "
+            f"to infer of it. Leave it out of params, or give it a prior that varies."
+        )
+
+
+def check_failures(some: RatioData, drops: bool, is_incomplete: bool) -> None:
+    """:param drops: whether the posterior will be corrected for simulations that were left out.
+    :param is_incomplete: whether some were left out without a record.
+    :raises ValueError: for simulations that were left out otherwise.
+    """
+    if is_incomplete:
+        raise ValueError(
+            "NRE.train: simulations that failed were left out of the stored ones without a record of their "
+            "parameters, so that only the law given a finite output is known, and no posterior under the prior. "
+            "Simulate anew."
+        )
+    if some.failed is not None and len(some.failed) and not drops:
+        raise ValueError(
+            f"NRE.train: {len(some.failed)} simulations that failed were left out of the data, which changes the law "
+            f"of the parameters. Build the NRE with nonfinite='drop'."
+        )
 
 
 def check_from_prior(

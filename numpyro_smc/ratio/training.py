@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 from tqdm import tqdm
@@ -23,12 +22,12 @@ from numpyro_smc.ratio.losses import BalancedLoss, RatioLoss
 from numpyro_smc.ratio.masks import MaskLaw, default_mask_law
 from numpyro_smc.ratio.ratio_network import RatioNetwork, RatioWeights
 from numpyro_smc.ratio.steps import MAX_STEPS_PER_CALL, Batch, Program, as_batch, initial_state, train, validate
+from numpyro_smc.ratio.training_checks import check_kinds, check_learned, check_masks, check_number
 from numpyro_smc.ratio.training_result import RatioFit, TrainingProgress
 
 __all__ = ["fit"]
 
 _ROWS_FOR_MOMENTS = 2**18
-_NUM_MASKS = 1000
 
 
 def fit(
@@ -117,11 +116,11 @@ def fit(
     """
     check_positive("fit", batch_size=batch_size, max_epochs=max_epochs)
     check_if_given("fit", steps_per_epoch=steps_per_epoch, patience=patience)
-    _check_number("learning_rate", learning_rate, above=0.0)
-    _check_number("weight_decay", weight_decay, from_=0.0)
+    check_number("learning_rate", learning_rate)
+    check_number("weight_decay", weight_decay, may_be_zero=True)
     if clip_norm is not None:
-        _check_number("clip_norm", clip_norm, above=0.0, remedy="None is for no limit.")
-    _check_kinds(network, loss, data, masks, validation, weights)
+        check_number("clip_norm", clip_norm, remedy="None is for no limit.")
+    check_kinds(network=network, loss=loss, data=data, masks=masks, validation=validation, weights=weights)
     if keep not in ("best", "last"):
         raise ValueError(f"fit: keep must be 'best' or 'last', got {keep!r}.")
     if masks is not None and not network.has_masks:
@@ -129,7 +128,7 @@ def fit(
     if network.has_masks and masks is None:
         masks = default_mask_law(network.size)
     if masks is not None:
-        _check_masks(masks, network.size)
+        check_masks(masks, network.size)
     rule, step_rate = _rule_and_step_rate(schedule)
     program = Program(network, loss, masks, batch_size, weight_decay, clip_norm, log_weight, step_rate)
 
@@ -185,7 +184,7 @@ def fit(
             if not progress.table:
                 raise
             ending = "interrupted"
-    _check_learned(progress, keep, program, learning_rate)
+    check_learned(progress.monitored, keep, program, learning_rate)
     chosen = progress.best if keep == "best" else progress.state.trained
     return RatioFit(RatioWeights(chosen, standardization), list(progress.table), progress.best_epoch, ending)
 
@@ -319,72 +318,3 @@ def _settings(
         "simulations": data.digest(),
         "validation": None if held_out is None else held_out.digest(),
     }
-
-
-def _check_number(
-    name: str, value: Any, *, above: float = -math.inf, from_: float = -math.inf, remedy: str = ""
-) -> None:
-    is_real = isinstance(value, float | int | np.number) and not isinstance(value, bool)
-    if not is_real or not (above < value < math.inf and value >= from_):
-        expected = "a positive number" if above == 0 else "a number that is not negative"
-        raise ValueError(f"fit: {name} must be {expected}, got {value!r}. {remedy}".strip())
-
-
-def _check_kinds(network: Any, loss: Any, data: Any, masks: Any, validation: Any, weights: Any) -> None:
-    kinds: tuple[tuple[str, Any, Any, str], ...] = (
-        ("network", network, RatioNetwork, "a RatioNetwork"),
-        ("loss", loss, RatioLoss, "a loss of numpyro_smc.ratio.losses"),
-        ("data", data, SimulationData, "RatioData or StoredData"),
-        ("masks", masks, MaskLaw | None, "a law of masks such as UniformMask()"),
-        ("weights", weights, RatioWeights | None, "RatioWeights"),
-        (
-            "validation",
-            validation,
-            float | int | np.number | RatioData | None,
-            "a part of the simulations between 0 and 1, RatioData, or None",
-        ),
-    )
-    for name, value, kind, expected in kinds:
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"fit: {name} must be {expected}, got {value!r}.")
-
-
-def _check_masks(masks: MaskLaw, size: int) -> None:
-    """A few draws of a law: one mask a row, none of which keeps nothing."""
-    some = masks.sample(random.key(0), _NUM_MASKS, size)
-    if some.shape != (_NUM_MASKS, size) or some.dtype != bool:
-        raise ValueError(
-            f"fit: masks.sample(rng_key, {_NUM_MASKS}, {size}) must return booleans [{_NUM_MASKS}, {size}], but "
-            f"returns {some.dtype} {list(some.shape)}."
-        )
-    num_empty = int((~np.asarray(some).any(1)).sum())
-    if num_empty:
-        raise ValueError(
-            f"fit: {num_empty} of {_NUM_MASKS} masks of {masks!r} keep no parameter; every mask must keep at least one."
-        )
-
-
-def _check_learned(progress: TrainingProgress, keep: str, program: Program, learning_rate: float) -> None:
-    """:raises FloatingPointError: if the weights to be returned never had a finite loss."""
-    monitored = progress.monitored
-    loss = min(monitored) if keep == "best" else monitored[-1]
-    remedy = (
-        f"Lower learning_rate={learning_rate:g}, set clip_norm (now {program.clip_norm}), and look for simulations of "
-        f"huge numbers."
-    )
-    if not math.isfinite(loss):
-        which = "none of the epochs had" if keep == "best" else "the last epoch did not have"
-        raise FloatingPointError(
-            f"fit: {which} a finite loss ({len(monitored)} epochs): the training diverged. {remedy}"
-        )
-    num_joint, num_marginal = program.loss.num_contrasts
-    tail = (program.batch_size,) if program.network.marginals is None else (1, len(program.network.marginals))
-    if num_joint + num_marginal:
-        zeros = np.zeros((1 + num_joint, *tail)), np.zeros((max(num_marginal, 1), *tail))
-        of_guessing = float(program.loss.of_log_ratios(*map(jnp.asarray, zeros)))
-        if loss > 2 * of_guessing:
-            warnings.warn(
-                f"fit: the loss of the weights returned is {loss:.4g}, more than twice that of a ratio of one "
-                f"everywhere, {of_guessing:.4g}: the training diverged. {remedy}",
-                stacklevel=3,
-            )

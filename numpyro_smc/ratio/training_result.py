@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from numpyro_smc.engines.checkpoint import AnyLength, as_text, load_pytree, save_pytree
-from numpyro_smc.ratio.description import first_difference
+from numpyro_smc.ratio.description import as_json, first_difference
 from numpyro_smc.ratio.ratio_network import RatioWeights
 from numpyro_smc.ratio.steps import TrainingState
 from numpyro_smc.reports.plots import new_axes
@@ -64,8 +64,7 @@ class TrainingProgress:
             contents = load_pytree(path, like)
         except ValueError as error:
             raise ValueError(f"fit: checkpoint {error} {remedy}") from error
-        found, wanted = json.loads(contents["settings"].tobytes()), json.loads(json.dumps(settings))
-        difference = first_difference(found, wanted)
+        difference = first_difference(json.loads(contents["settings"].tobytes()), as_json(settings))
         if difference is not None:
             name, one, other = difference
             raise ValueError(
