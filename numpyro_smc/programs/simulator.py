@@ -7,6 +7,7 @@ evaluate it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -70,6 +71,7 @@ class Simulator:
         user: str = "NRE",
     ) -> None:
         self.model, self.user = model, user
+        _check_program(model, user)
         self.params = _names(params, "params", user)
         self.observed = _names(observed, "observed", user)
         self.context = _names(context, "context", user) if len(context) else ()
@@ -335,6 +337,20 @@ class Simulator:
 def _trace(program: Program) -> dict[str, Site]:
     with handlers.block():
         return handlers.trace(program).get_trace()
+
+
+def _check_program(model: Program, user: str) -> None:
+    if not callable(model):
+        raise ValueError(f"{user}: the simulator must be a program, got {model!r}.")
+    try:
+        parameters = inspect.signature(model).parameters.values()
+    except (TypeError, ValueError):  # of a callable that does not say
+        return
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed:
+        raise ValueError(
+            f"{user}: the simulator takes no arguments, but needs {', '.join(needed)}; bind them by functools.partial."
+        )
 
 
 def _names(names: str | Sequence[str], argument: str, user: str) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from numpyro_smc.ratio.ratio_network import RatioNetwork
 from numpyro_smc.ratio.seen import Seen
 from numpyro_smc.ratio.stored_data import StoredData, write
 from numpyro_smc.ratio.training import fit
+from numpyro_smc.ratio.training_checks import check_made_of
 from numpyro_smc.ratio.truncation import Box, draw_within, truncated
 
 _CHUNK = 4096
@@ -118,6 +119,7 @@ class NRE:
         nonfinite: Any = "raise",
     ) -> None:
         check_policy("NRE", nonfinite)
+        check_made_of(loss=loss, trunk=trunk, embedding=embedding)
         self.simulator = Simulator(simulator, params, observed, context)
         self.loss = ratio_loss(loss, num_classes, gamma) if isinstance(loss, str) else loss
         if masks is None or isinstance(masks, MaskLaw):
@@ -252,6 +254,7 @@ class NRE:
             data = StoredData(data, nonfinite=self.nonfinite)
         elif isinstance(data, tuple):
             data = self.data_of(data)
+        check_made_of(data=data)
         some = data.first(_ROWS)
         if num_simulations is None:
             self._check_data(data, some, box)

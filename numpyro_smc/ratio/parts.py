@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -123,23 +124,27 @@ class _Opened:
     """A file of arrays, whose every trouble in reading is one error that names it."""
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self.closing = file, contextlib.ExitStack()
 
     def __enter__(self) -> Any:
         try:
-            self.opened = np.load(self.file) if self.file.suffix == ".npz" else import_h5py().File(self.file, "r")
-            names = list(self.opened)
+            stream = self.closing.enter_context(open(self.file, "rb"))  # zip does not close what it cannot read
+            opened = np.load(stream) if self.file.suffix == ".npz" else import_h5py().File(stream, "r")
+            self.closing.callback(getattr(opened, "close", lambda: None))
+            names = list(opened)
         except ImportError:
+            self.closing.close()
             raise
         except Exception as error:  # zip, NumPy and HDF5 raise what they like
+            self.closing.close()
             raise _damaged(self.file, error) from error
         if "theta" not in names or "x" not in names:
-            self.opened.close()
-            raise ValueError(f"StoredData: '{self.file}' must have arrays theta and x, found {sorted(names)}.")
-        return self.opened
+            self.closing.close()
+            raise ValueError(f"StoredData: '{self.file}' must have arrays theta and x, found {sorted(map(str, names))}.")
+        return opened
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self.opened.close()
+        self.closing.close()
         if isinstance(error, Exception):
             raise _damaged(self.file, error) from error
 

@@ -116,7 +116,7 @@ def fit(
     """
     check_positive("fit", batch_size=batch_size, max_epochs=max_epochs)
     check_if_given("fit", steps_per_epoch=steps_per_epoch, patience=patience)
-    check_number("learning_rate", learning_rate)
+    check_number("learning_rate", learning_rate, may_be_zero=True)
     check_number("weight_decay", weight_decay, may_be_zero=True)
     if clip_norm is not None:
         check_number("clip_norm", clip_norm, remedy="None is for no limit.")
@@ -141,6 +141,7 @@ def fit(
             f"fit: batch_size={batch_size} is more than the {len(data)} simulations to train on; lower it."
         )
     num_steps = steps_per_epoch or data.num_batches(batch_size)
+    start = None if weights is None else identity_of("", weights).tobytes().hex()
     if weights is None:
         some = data.first(_ROWS_FOR_MOMENTS)
         weights = network.init(init_key, some.theta, some.x, some.context)
@@ -151,7 +152,7 @@ def fit(
     check_folder("fit", checkpoint)
     settings: dict[str, Any] = {}
     if checkpoint is not None:
-        settings = _settings(rng_key, program, data, held_out, num_steps, learning_rate, rule, max_epochs, weights)
+        settings = _settings(rng_key, program, data, held_out, num_steps, learning_rate, rule, max_epochs, start)
         if os.path.exists(checkpoint):
             progress = progress.load(checkpoint, settings)
     epochs = _Epochs(program, standardization, data, num_steps, num_steps * max_epochs)
@@ -294,7 +295,7 @@ def _settings(
     learning_rate: float,
     rule: LearningRate,
     max_epochs: int,
-    weights: RatioWeights,
+    start: str | None,
 ) -> dict[str, Any]:
     """What a checkpoint must have been written with."""
     network = program.network
@@ -304,7 +305,7 @@ def _settings(
     return {
         "random key": np.asarray(random.key_data(rng_key)).tolist(),
         "network": digest_of(*architecture, network.size, network.log_parameters, network.standardize_x),
-        "initial weights": identity_of("", weights).tobytes().hex(),
+        "initial weights": start,
         "loss": digest_of(program.loss),
         "masks": digest_of(program.masks),
         "log_weight": digest_of(program.log_weight),

@@ -14,6 +14,7 @@ from jax import random
 from numpyro_smc.ratio.datasets import RatioData, SimulationData
 from numpyro_smc.ratio.losses import RatioLoss
 from numpyro_smc.ratio.masks import MaskLaw
+from numpyro_smc.ratio.networks import Embedding, Network
 from numpyro_smc.ratio.ratio_network import RatioNetwork, RatioWeights
 from numpyro_smc.ratio.steps import Program
 
@@ -29,6 +30,20 @@ _KINDS: dict[str, tuple[Any, str]] = {
         "a part of the simulations between 0 and 1, RatioData, or None",
     ),
 }
+_PARTS: dict[str, tuple[Any, str]] = {
+    "loss": (str | RatioLoss, "a name or a loss of numpyro_smc.ratio.losses, such as ContrastiveLoss()"),
+    "trunk": (Network | None, "a Network, such as mlp() of numpyro_smc.ratio.networks"),
+    "embedding": (Embedding | None, "an Embedding, such as embedding_of(...), from_equinox(...) or from_flax(...)"),
+    "data": (SimulationData, "RatioData, StoredData, a tuple or a path"),
+}
+
+
+def check_made_of(**arguments: Any) -> None:
+    """:raises ValueError: naming the argument of an NRE that is something else than what it must be."""
+    for name, value in arguments.items():
+        kind, expected = _PARTS[name]
+        if not isinstance(value, kind) or isinstance(value, type):
+            raise ValueError(f"NRE: {name} must be {expected}, got {value!r}.")
 
 
 def check_number(name: str, value: Any, *, may_be_zero: bool = False, remedy: str = "") -> None:
