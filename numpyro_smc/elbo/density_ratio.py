@@ -104,7 +104,7 @@ def twists_along(
     rng_key = random.key(0)
     plates = plate_indices(sequence.model.prefix) | plate_indices(sequence.guide_prefix)
     bound = handlers.substitute(lambda: guide(*args, **kwargs), data=params)
-    _, scan = run_prefix(bound, CloudDraws(rng_key), Fixed(sequence.global_values | start, plates))
+    _, scan = run_prefix(bound, CloudDraws(rng_key), Fixed(sequence.global_values | start, plates), is_guide=True)
     assert scan is not None
 
     def step(carry: list[Array], inputs: tuple[Array, Any, Values]) -> tuple[list[Array], Array]:

@@ -30,10 +30,14 @@ def forecast(
     moving, still = iter(history.cloud.particles["model"]), iter(history.cloud.shared["model"])
     particles, shared = [], []
     # What was observed in the filter is drawn from now on, so more of the carry differs between particles.
-    for moved, moves in zip(filtered.model.moving, sequence.model.moving, strict=True):
-        leaf = take(next(moving), chosen, chosen.ndim - 1) if moved else next(still)
+    for number, (moved, moves) in enumerate(zip(filtered.model.moving, sequence.model.moving, strict=True)):
+        if moved:
+            leaf = filtered.model.from_front(number, take(next(moving), chosen, chosen.ndim - 1), 1)
+        else:
+            leaf = next(still)
         if moves:
-            particles.append(leaf if moved else jnp.broadcast_to(leaf, (num_samples, *leaf.shape)))
+            leaf = leaf if moved else jnp.broadcast_to(leaf, (num_samples, *leaf.shape))
+            particles.append(sequence.model.to_front(number, leaf, 1))
         else:
             shared.append(leaf[0] if moved else leaf)
     cloud = Cloud({"model": particles}, {"model": shared})
@@ -58,8 +62,9 @@ def _simulator(particle_filter: Any, filter_key: Array, program: Any, history: A
 
     sequence = read(particle_filter.model)
     if sequence.after is None:
-        return read(handlers.uncondition(particle_filter.model))
-    sequence.after = None
+        sequence = read(handlers.uncondition(particle_filter.model))
+    # Every draw is one coherent path of all problems.
+    sequence.after, sequence.combined = None, frozenset()
     return sequence
 
 

@@ -27,6 +27,8 @@ class History(NamedTuple):
       (``log_weights``).
     - **log_weights** ``[N, *batch]`` and **cloud**: the final particles.
     - **global_values**: the global latents of this run. **bound**: the objective, scales included.
+    - **combined**: names (without values) of deterministic sites that are not of one problem each, as a total over the
+      elements of a plate: they have values along paths only.
     """
 
     increments: Array
@@ -40,6 +42,7 @@ class History(NamedTuple):
     cloud: Any
     global_values: dict[str, Array]
     bound: Array
+    combined: dict[str, None]
 
 
 class FilterResult(Smoothing):
@@ -163,8 +166,8 @@ class FilterResult(Smoothing):
             raise ValueError(f"forecast: steps and num_samples must be positive, got {steps} and {num_samples}.")
         later = forecasting.later_inputs(self.filter, self.rng_key, self.program, self.history, steps, xs)
         timed = (self.num_steps + jnp.arange(steps), later)
-        run = self._compiled("forecast", lambda *args: forecasting.forecast(self.filter, *args))
-        return run(rng_key, self.rng_key, self.program, self.history, timed, num_samples)
+        asked = (rng_key, self.rng_key, self.program, self.history, timed, num_samples)
+        return self.filter._compiled_answer(forecasting.forecast, *asked)
 
     # ---- reports ------------------------------------------------------------------------------------------------
 
@@ -230,6 +233,7 @@ class FilterResult(Smoothing):
 
     def _weighted(self, site: str, log_weights: Array | None = None) -> tuple[Array, Array, int]:
         """Values of a site, weights that sum to one and broadcast with them, and the particle axis."""
+        self._check_of_elements(site)
         if site not in self.particles:
             raise KeyError(f"No site '{site}' in this filter. Known: {', '.join(sorted(self.particles))}.")
         initial = site in self.history.initial["values"] and site not in self.history.steps["values"]

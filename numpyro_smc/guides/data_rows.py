@@ -82,6 +82,12 @@ def data_rows(
                 f"{user}: plate '{name}' is subsampled, so each evaluation would be of other data. Give the plate its "
                 f"full size (no subsample_size)."
             )
+    for coupling in pair.proofs.values():
+        for what in coupling.values():
+            raise ValueError(
+                f"{user}: {what}, so there are no independent data points. Let each element depend on its own latents "
+                f"alone, or fit the whole with SVI."
+            )
     if not plates.names:
         raise ValueError(_no_plate(of_model, of_guide, user))
     (name, *_), (num, *_) = plates.names, plates.shape

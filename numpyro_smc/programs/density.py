@@ -18,7 +18,8 @@ from numpyro.distributions import Delta, Distribution
 from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.draws import CloudDraws
-from numpyro_smc.programs.plate_choice import choose_plates
+from numpyro_smc.programs.pair_independence import FromBase, couplings
+from numpyro_smc.programs.plate_choice import choose_plates, chosen_plates
 from numpyro_smc.programs.sites import (
     BatchPlates,
     Site,
@@ -95,6 +96,7 @@ class Pair:
     :param user: who asks, for error messages.
     :param plate_key: key of subsampling; every run, particle and program gets the same rows.
     :param num_particles: number of weights that will be averaged.
+    :ivar proofs: what joins the elements of plates, by plate, for each pair of programs that was run.
     """
 
     model: Program
@@ -105,6 +107,7 @@ class Pair:
     plates: str | Collection[str] | None = "auto"
     user: str = "density"
     num_particles: int = 1
+    proofs: dict[tuple[int, int], dict[str, str]] = field(default_factory=dict, repr=False, compare=False)
 
     def draw(
         self, rng_key: Array, index: Array, params: Params, is_score: Callable[[Site], bool] | None = None
@@ -136,12 +139,36 @@ class Pair:
 
     def run_model(self, rng_key: Array, index: Array | None, params: Params, draw: Draw) -> Trace:
         """Run the model at the latents of ``draw``."""
+        trace = self._model_at(rng_key, index, params, draw)
+        self._check_match(trace, draw.trace)
+        if self._programs not in self.proofs:
+            self.proofs[self._programs] = self._couplings(params, draw, trace)
+        return trace
+
+    def _model_at(self, rng_key: Array, index: Array | None, params: Params, draw: Draw) -> Trace:
         draws = _Draws(rng_key, index, self.plate_key)
         latents = {name: site for name, site in draw.trace.items() if site["type"] == "plate" or is_latent(site)}
         with handlers.block(), handlers.trace() as trace, draws:
             self._run(handlers.replay(self.model, trace=latents), params)
-        self._check_match(trace, draw.trace)
         return trace
+
+    @property
+    def _programs(self) -> tuple[int, int]:
+        return id(self.model), id(self.guide)
+
+    def _couplings(self, params: Params, guide: Draw, model: Trace) -> dict[str, str]:
+        sites = [site for trace in (guide.trace, model) for site in trace.values() if site["type"] == "sample"]
+        chosen = chosen_plates(sites, plate_scales(guide.trace) | plate_scales(model), self.plates)
+        key = random.key(0)
+
+        def run(values: dict[str, Array], bases: FromBase) -> tuple[Trace, Trace]:
+            given = {name: {**guide.trace[name], "value": value} for name, value in values.items()}
+            draws = _Draws(key, None, self.plate_key, guide.keys)
+            with handlers.block(), handlers.trace() as trace, draws, handlers.replay(trace=given), bases:
+                self._run(self.guide, params)
+            return trace, self._model_at(key, None, params, Draw(trace))
+
+        return couplings(run, guide.trace, chosen) if chosen.names else {}
 
     def densities(self, guide: Draw, model: Trace, is_score: Callable[[Site], bool] | None = None) -> Densities:
         """Log densities of a run of the guide and of the model at its latents.
@@ -151,7 +178,8 @@ class Pair:
         of_guide = [site for site in guide.trace.values() if site["type"] == "sample"]
         of_model = [site for site in model.values() if site["type"] == "sample"]
         scales = plate_scales(guide.trace) | plate_scales(model)
-        plates = choose_plates(of_model, of_guide, scales, self.plates, self.num_particles, self.user)
+        coupled = self.proofs.get(self._programs, {})
+        plates = choose_plates(of_model, of_guide, scales, self.plates, self.num_particles, self.user, coupled)
         log_q, score, unscaled = {}, {}, set()
         for site in of_guide:
             name = site["name"]

@@ -24,7 +24,8 @@ class Half:
     - **prefix** - trace of the sites before the scan, drawn once; **scan** - its scan statement.
     - **step_sites** - messages of one step (shapes, plates and flags are meaningful, values are not).
     - **carry_dtypes**, **carry_tree** - the carry's types after promotion, its structure.
-    - **moving** - for each carry leaf, whether it differs between particles.
+    - **moving** - for each carry leaf, whether it differs between particles; **batch_axes** - for each that does, its
+      axes that run over the enclosing plates. :meth:`split` moves them to the front, :meth:`merge` moves them back.
     - **latents** - names of the latent sites before the scan. **reach** - those that reach the steps other than through
       the carry. **uses** - for each sample site before the scan, the latents its density depends on.
     - **particle_latents** - latents that belong to each particle, once :meth:`settle` has been told the global ones.
@@ -38,6 +39,7 @@ class Half:
     carry_tree: Any = None
     carry_dtypes: list[Any] = field(default_factory=list)
     moving: list[bool] = field(default_factory=list)
+    batch_axes: list[tuple[int, ...]] = field(default_factory=list)
     latents: frozenset[str] = frozenset()
     reach: frozenset[str] = frozenset()
     uses: dict[str, frozenset[str]] = field(default_factory=dict)
@@ -71,15 +73,26 @@ class Half:
     def split(self, carry: Any) -> tuple[list[Array], list[Array]]:
         """Carry leaves that differ between particles, and those that do not."""
         leaves = self.carry_leaves(carry)
-        return (
-            [leaf for leaf, moves in zip(leaves, self.moving, strict=True) if moves],
-            [leaf for leaf, moves in zip(leaves, self.moving, strict=True) if not moves],
-        )
+        moving = [self.to_front(i, leaf) for i, leaf in enumerate(leaves) if self.moving[i]]
+        return moving, [leaf for leaf, moves in zip(leaves, self.moving, strict=True) if not moves]
 
     def merge(self, moving: list[Array], still: list[Array]) -> Any:
         leaves_moving, leaves_still = iter(moving), iter(still)
-        leaves = [next(leaves_moving) if moves else next(leaves_still) for moves in self.moving]
+        leaves = [
+            self.from_front(i, next(leaves_moving)) if moves else next(leaves_still)
+            for i, moves in enumerate(self.moving)
+        ]
         return jax.tree.unflatten(self.carry_tree, leaves)
+
+    def to_front(self, number: int, leaf: Array, first: int = 0) -> Array:
+        """A moving carry leaf with its batch axes in front, after ``first`` other axes."""
+        axes = self.batch_axes[number] if self.batch_axes else ()
+        return jnp.moveaxis(leaf, [first + axis for axis in axes], range(first, first + len(axes)))
+
+    def from_front(self, number: int, leaf: Array, first: int = 0) -> Array:
+        """The opposite of :meth:`to_front`."""
+        axes = self.batch_axes[number] if self.batch_axes else ()
+        return jnp.moveaxis(leaf, range(first, first + len(axes)), [first + axis for axis in axes])
 
 
 def read_half(program: Callable[[], Any], prefix: Trace, scan: Scan) -> Half:
@@ -160,6 +173,14 @@ class Overwrite(Fixed):
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and not msg["is_observed"] and msg["name"] in self.values:
+            msg["value"] = self.values[msg["name"]]
+
+
+class OverwriteAll(Overwrite):
+    """Replace the values of any sites, those whose data end at some step included."""
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and msg["name"] in self.values:
             msg["value"] = self.values[msg["name"]]
 
 

@@ -48,7 +48,7 @@ def path_parents(program: Callable[[], Any], guide_trace: Trace, path: Trace) ->
     latents = {name: site["value"] for name, site in guide_trace.items() if is_latent(site) and name not in path}
 
     def densities(**values: Array) -> list[Array]:
-        trace, _ = run_prefix(program, CloudDraws(random.key(0)), Overwrite(values))
+        trace, _ = run_prefix(program, CloudDraws(random.key(0)), Overwrite(values), is_guide=True)
         return [jnp.asarray(trace[name]["fn"].log_prob(path[name]["value"])) for name in path]
 
     return frozenset().union(*eval_provenance(densities, **latents)) if latents else frozenset()

@@ -1,7 +1,8 @@
 """Which plates make independent problems in a model and its guide, and what is lost where none does."""
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 from numpyro.util import find_stack_level
 
@@ -17,31 +18,52 @@ def choose_plates(
     plates: str | Collection[str] | None,
     num_particles: int,
     user: str,
+    coupled: Mapping[str, str] = MappingProxyType({}),
 ) -> BatchPlates:
     """The plates whose elements get importance weights of their own.
 
     :param model: sample sites of the model; **guide** - of the guide.
     :param scales: full size over subsampled size, by plate name.
-    :param plates: ``"auto"`` for all plates that enclose every site, names that must, or ``None`` for none.
+    :param plates: ``"auto"`` for all plates of independent elements that enclose every site, names that must, or
+        ``None`` for none.
     :param num_particles: number of weights that are averaged; with one there is nothing to lose.
-    :raises ValueError: if a plate named does not enclose every site, or a subsampled plate has no weights of its own.
+    :param coupled: what joins the elements of plates that are not independent problems, by plate.
+    :raises ValueError: if a plate named does not enclose every site or is not of independent problems, or a subsampled
+        plate has no weights of its own.
     """
     sites = model + guide
     _check_scans(sites, scales, user)
     for name in () if plates is None or plates == "auto" else plates:
         _check_encloses(name, model, guide, user)
-    chosen = chosen_plates(sites, scales, plates)
+        if name in coupled:
+            raise ValueError(
+                f"{user}: plates names '{name}', but {coupled[name]}. Leave the plate out of `plates`, or let each "
+                f"element depend on its own latents alone."
+            )
+    of_all = chosen_plates(sites, scales, plates)
+    joined = [name for name in of_all.names if name in coupled]
+    chosen = chosen_plates(sites, scales, [name for name in of_all.names if name not in coupled])
     if num_particles == 1:
         return chosen
     for name, scale in scales.items():
         if scale != 1.0 and name not in chosen.names:
+            if name in joined:
+                raise ValueError(
+                    f"{user}: {coupled[name]}. It is also subsampled, so its scaled log density would stand inside the "
+                    f"average over particles and the bound would be wrong. Use the full data, or num_particles=1."
+                )
             outside = _outside(name, sites)
             raise ValueError(
                 f"{user}: plate '{name}' is subsampled but does not enclose every sample site of model and guide "
                 f"({outside}), so its scaled log density would stand inside the average over particles and the bound "
                 f"would be wrong. Put every site inside the plate, use the full data, or num_particles=1."
             )
-    if plates == "auto" and not chosen.names:
+    for name in joined:
+        warnings.warn(
+            f"{user}: {coupled[name]}. All its elements are one problem, with one weight a particle for them together.",
+            stacklevel=find_stack_level(),
+        )
+    if plates == "auto" and not of_all.names:
         _warn_of_lost_plates(model, sites, user)
     if plates is not None:
         _warn_of_missing_plates(model, user)

@@ -2,6 +2,7 @@
 what comes after.
 """
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -9,17 +10,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array, random
 from numpyro import handlers
+from numpyro.util import find_stack_level
 
 from numpyro_smc.programs import path_guide
-from numpyro_smc.programs.after_scan import read_after_scan
 from numpyro_smc.programs.bootstrap import Bootstrap
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import global_latents, read_half
+from numpyro_smc.programs.independence import elements_of_sequence
+from numpyro_smc.programs.reading_after_scan import read_after_scan
 from numpyro_smc.programs.replay import look_ahead
 from numpyro_smc.programs.scans import Fixed, Trace, run_prefix
 from numpyro_smc.programs.sequence import Program, Sequence
 from numpyro_smc.programs.sites import (
     BatchPlates,
+    common_plates,
     enclosing_plates,
     is_latent,
     is_observed,
@@ -59,7 +63,7 @@ def read_sequence(
     guide_half, path, bound_guide = None, {}, None
     if guide is not None:
         bound_guide = handlers.substitute(partial(guide, *args, **kwargs), data=params)
-        guide_trace, guide_scan = run_prefix(bound_guide, CloudDraws(guide_key))
+        guide_trace, guide_scan = run_prefix(bound_guide, CloudDraws(guide_key), is_guide=True)
         if guide_scan is not None:
             guide_half = read_half(bound_guide, guide_trace, guide_scan)
             read_after_scan(bound_guide, guide_half, args, kwargs, is_guide=True, user=user)
@@ -144,7 +148,9 @@ def _read_plates(sequence: Sequence) -> None:
     used = {frame.name for site in sites + prefix_sites for frame in site["cond_indep_stack"]}
     scales = {name: scale for name, scale in scales.items() if name in used or name not in global_plates}
     within = None if sequence.after is None else sequence.after.plates
-    sequence.plates = enclosing_plates(sites + prefix_sites, scales, within)
+    of_problems = sites + prefix_sites
+    independent = _independent_plates(sequence, common_plates(of_problems, scales, within), scales)
+    sequence.plates = enclosing_plates(of_problems, scales, independent)
     prefix_plates = plate_indices(sequence.model.prefix) | plate_indices(sequence.guide_prefix)
     for name in sequence.plates.names:
         if scales.get(name, 1.0) != 1.0 and name not in prefix_plates:
@@ -163,6 +169,65 @@ def _read_plates(sequence: Sequence) -> None:
     common = known.pop() if len(known) == 1 else None
     if common is not None and sequence.after is None:
         sequence.bound_scale = common / sequence.plates.scale
+
+
+def _independent_plates(sequence: Sequence, plates: BatchPlates, scales: dict[str, float]) -> frozenset[str]:
+    """Names of the plates whose elements are independent problems. Notes which axes of the carries run over them.
+
+    Where several plates enclose the program, those inside one that is not independent are not taken either.
+
+    :raises ValueError: for a plate that is subsampled although its elements depend on each other.
+    """
+    if not plates.names:
+        return frozenset()
+    halves = [sequence.model] + ([sequence.guide] if sequence.guide is not None else [])
+    loose = []
+    if sequence.guide is None and sequence.guide_program is not None:
+        loose.append((sequence.guide_program, sequence.guide_prefix | sequence.path))
+    after = None if sequence.after is None else sequence.after.log_probs
+    shared = sequence.given | sequence.global_values.keys()
+    found = elements_of_sequence(halves, loose, plates, shared, after)
+    kept = 0
+    while kept < len(found) and found[kept].coupling is None:
+        kept += 1
+    if kept < len(found):
+        coupling = found[kept].coupling
+        for name in plates.names[kept:]:
+            if scales.get(name, 1.0) != 1.0:
+                raise ValueError(
+                    f"{sequence.user}: {coupling}. It is also subsampled, so the particle weights would be biased. "
+                    f"Do not subsample it, or let each element depend on its own latents alone."
+                )
+        warnings.warn(
+            f"{sequence.user}: {coupling}. All its elements are filtered as one problem, with one weight a particle "
+            f"for them together.",
+            stacklevel=find_stack_level(),
+        )
+    for elements, name in zip(found[:kept], plates.names, strict=False):
+        for twist in elements.twists:
+            raise ValueError(
+                f"{sequence.user}: twist '{twist}' at one element of plate '{name}' depends on other elements, or its "
+                f"shape is not that of the plates that enclose the program, {plates.shape[:kept]}. State one value per "
+                f"element, from that element's latents."
+            )
+    for number, half in enumerate(halves):
+        axes = [tuple(elements.axes[number][leaf] for elements in found[:kept]) for leaf in range(len(half.moving))]
+        half.moving = [moves and (not kept or None not in its) for moves, its in zip(half.moving, axes, strict=True)]
+        half.batch_axes = [tuple(axis for axis in its if axis is not None) for its in axes]
+    deterministic = {
+        name: site
+        for trace in (sequence.model.prefix, sequence.model.step_sites)
+        for name, site in trace.items()
+        if site["type"] == "deterministic"
+    }
+    of_elements = {
+        name
+        for name, site in deterministic.items()
+        if getattr(site["value"], "shape", ())[:kept] == plates.shape[:kept]
+    }
+    combined = set().union(*(elements.combined for elements in found[:kept])) if kept else set()
+    sequence.combined = frozenset(combined | (deterministic.keys() - of_elements))
+    return frozenset(plates.names[:kept])
 
 
 def _concrete(scale: Any) -> float | None:

@@ -10,8 +10,8 @@ from jax import Array, lax, random
 from numpyro.ops.provenance import eval_provenance
 
 from numpyro_smc.programs.draws import CloudDraws
-from numpyro_smc.programs.halves import Half
-from numpyro_smc.programs.scans import Fixed, Trace, run_step
+from numpyro_smc.programs.halves import Half, OverwriteAll
+from numpyro_smc.programs.scans import Fixed, Trace, run_prefix, run_step
 from numpyro_smc.programs.sequence import Sequence
 from numpyro_smc.programs.sites import is_latent, is_observed, observed_elements, plate_indices, unmasked_value
 
@@ -22,7 +22,13 @@ def step_latents(sequence: Sequence) -> list[str]:
 
 
 def replay_step(
-    sequence: Sequence, t: Array, x: Any, particles: Any, shared: Any, values: dict[str, Array]
+    sequence: Sequence,
+    t: Array,
+    x: Any,
+    particles: Any,
+    shared: Any,
+    values: dict[str, Array],
+    rng_key: Array | None = None,
 ) -> tuple[list[Array], Any, Trace]:
     """One particle's model step with its latents given.
 
@@ -31,7 +37,8 @@ def replay_step(
     model = sequence.model
     carry = model.merge(particles["model"], shared["model"])
     given = Fixed(values, plate_indices(model.prefix), "the path")
-    carry, output, trace = run_step(model.scan, t, carry, x, CloudDraws(random.key(0)), given)
+    draws = CloudDraws(random.key(0) if rng_key is None else rng_key)
+    carry, output, trace = run_step(model.scan, t, carry, x, draws, given)
     return model.split(carry)[0], (output, carry), trace
 
 
@@ -49,6 +56,37 @@ def transition_density(
         given = Fixed(sequence.global_values, plate_indices(sequence.model.prefix))
         total = total + sequence.after.log_density(t, output, carry, given, sequence.plates)
     return total
+
+
+def along_paths(sequence: Sequence, paths: dict[str, Array]) -> dict[str, Array]:
+    """Whole paths with the deterministic sites computed on them.
+
+    :param paths: by site, ``[num_paths, T, ...]``, and ``[num_paths, ...]`` before the scan.
+    """
+    model = sequence.model
+    if not any(site["type"] == "deterministic" for site in (model.prefix | model.step_sites).values()):
+        return paths
+    names = [name for name, site in model.step_sites.items() if site["type"] == "sample" and name in paths]
+
+    def one(path: dict[str, Array]) -> dict[str, Array]:
+        given = OverwriteAll(sequence.global_values | path, plate_indices(model.prefix))
+        before, scan = run_prefix(model.program, CloudDraws(random.key(0)), given)
+        assert scan is not None
+
+        def step(carry: list[Array], inputs: tuple[Array, Any, dict[str, Array]]) -> tuple[list[Array], Any]:
+            t, x, values = inputs
+            whole = jax.tree.unflatten(model.carry_tree, carry)
+            new, _, trace = run_step(scan, t, whole, x, CloudDraws(random.key(0)), OverwriteAll(values))
+            return model.carry_leaves(new), _deterministic(trace)
+
+        inputs = jnp.arange(sequence.length), scan.inputs(), {name: path[name] for name in names}
+        return _deterministic(before) | lax.scan(step, model.carry_leaves(scan.init), inputs)[1]
+
+    return paths | jax.vmap(one)(paths)
+
+
+def _deterministic(trace: Trace) -> dict[str, Array]:
+    return {name: jnp.asarray(site["value"]) for name, site in trace.items() if site["type"] == "deterministic"}
 
 
 def simulated_step(model: Half, t: int, x: Any) -> tuple[Any, Trace]:
@@ -108,9 +146,11 @@ def depends_on_past(sequence: Sequence) -> bool:
     x = _first(sequence.inputs()["model"])
 
     def carry(past: Any, future: Any) -> Any:
-        return replay_step(sequence, jnp.asarray(0), x, past, zeros[0].shared, future)[0]
+        # What else a step draws (by numpyro.prng_key) is part of the past, too: it is not among the latents.
+        past, rng_key = past
+        return replay_step(sequence, jnp.asarray(0), x, past, zeros[0].shared, future, rng_key)[0]
 
-    uses = eval_provenance(carry, past=past, future=future)
+    uses = eval_provenance(carry, past=(past, random.key(0)), future=future)
     return any("past" in found for found in jax.tree.leaves(uses, is_leaf=lambda leaf: isinstance(leaf, frozenset)))
 
 

@@ -1,4 +1,7 @@
-"""Finding the scan statement of a NumPyro program, and running one step of it."""
+"""Finding the scan statement of a NumPyro program, and running one step of it.
+
+The scan meant is the first that holds sites; scans without sites are ordinary computation, and run where they stand.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, random
 from numpyro import handlers
 from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.primitives import _PYRO_STACK, Messenger
@@ -36,6 +39,7 @@ class Scan(NamedTuple):
     - **length** - number of steps.
     - **substitutions** - values that handlers around the scan fix, innermost first: pairs ``(kind, values)``.
     - **wrappers** - functions ``(body, t) -> body`` that apply the enclosing mask, scale and uncondition handlers.
+    - **number** - of scans that the program runs before it.
     """
 
     body: Callable[[Any, Any], tuple[Any, Any]]
@@ -44,6 +48,7 @@ class Scan(NamedTuple):
     length: int
     substitutions: tuple[tuple[str, Any], ...]
     wrappers: tuple[Callable[[Callable, Array], Callable], ...]
+    number: int = 0
 
     def at(self, t: Array) -> Callable[[Any, Any], tuple[Any, Any]]:
         """The step function at step ``t``, under the handlers that enclose the scan."""
@@ -62,6 +67,10 @@ class Scan(NamedTuple):
 class _ScanReached(Exception):
     def __init__(self, scan: Scan) -> None:
         self.scan = scan
+
+
+class _SiteReached(Exception):
+    pass
 
 
 class _TimedValues(Messenger):
@@ -124,14 +133,62 @@ def _check_flow(trace: Trace) -> None:
             )
 
 
+def holds_sites(msg: dict[str, Any]) -> bool:
+    """Whether the body of a scan statement draws, observes, weighs or learns anything. Nothing is computed."""
+    try:
+        with handlers.block(), _StopAtSite():
+            _trace_body(msg)
+    except _SiteReached:
+        return True
+    return False
+
+
+def names_in_scan(msg: dict[str, Any]) -> list[str]:
+    """Names of the sample and param sites in the body of a scan statement."""
+    with handlers.block(), handlers.trace() as trace, handlers.seed(rng_seed=random.key(0)):
+        _trace_body(msg)
+    return [name for name, site in trace.items() if site["type"] in ("sample", "param")]
+
+
+def _trace_body(msg: dict[str, Any]) -> None:
+    body, init, xs = msg["args"][:3]
+    jax.eval_shape(body, init, jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x)[1:], jnp.asarray(x).dtype), xs))
+
+
+class _StopAtSite(Messenger):
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "plate":
+            size, subsample_size = msg["args"]
+            if subsample_size in (None, size):
+                return
+        elif msg["type"] in ("deterministic", "control_flow", "inspect"):
+            return
+        raise _SiteReached
+
+
 class _CatchScan(Messenger):
-    """Stop the program at its scan statement and hand the statement out."""
+    """Stop the program at its scan with sites and hand the statement out.
+
+    :param trace: of the program; **without_sites** - what it was at the first scan without sites, and how to make
+        that one the scan after all.
+    """
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__(None)
+        self.trace = trace
+        self.number = 0
+        self.without_sites: tuple[Trace, Callable[[], Scan]] | None = None
 
     def process_message(self, msg: dict[str, Any]) -> None:
         if not is_scan(msg):
             return
         stack = _PYRO_STACK[_PYRO_STACK.index(self) + 1 :]
-        raise _ScanReached(_scan_from_message(msg, stack))
+        if holds_sites(msg):
+            raise _ScanReached(_scan_from_message(msg, stack, self.number))
+        if self.without_sites is None and not msg["args"][4]:
+            kept = msg | {"kwargs": {"substitute_stack": list(msg["kwargs"]["substitute_stack"])}}
+            self.without_sites = dict(self.trace), partial(_scan_from_message, kept, stack, self.number)
+        self.number += 1
 
 
 def _wrapped(handler: Messenger, length: int, body: Callable, t: Array) -> Callable:
@@ -184,7 +241,7 @@ class _Enclosing(Messenger):
         (handlers.mask(mask=value) if is_mask else handlers.scale(scale=value)).process_message(msg)
 
 
-def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger]) -> Scan:
+def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger], number: int) -> Scan:
     body, init, xs, length, reverse = msg["args"]
     if reverse:
         raise NotImplementedError(
@@ -209,24 +266,30 @@ def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger]) -> Scan:
             wrappers.append(partial(_wrapped, handler, length))
         elif type(handler).__module__.startswith("numpyro.") and not isinstance(handler, _HARMLESS_HANDLERS):
             raise NotImplementedError(_enclosing_message(type(handler).__name__))
-    return Scan(body, init, xs, int(length), tuple(msg["kwargs"]["substitute_stack"]), tuple(wrappers))
+    return Scan(body, init, xs, int(length), tuple(msg["kwargs"]["substitute_stack"]), tuple(wrappers), number)
 
 
-def run_prefix(program: Callable[[], Any], *around: Messenger) -> tuple[Trace, Scan | None]:
+def run_prefix(program: Callable[[], Any], *around: Messenger, is_guide: bool = False) -> tuple[Trace, Scan | None]:
     """Run a program up to its scan statement.
 
     :param program: the program with its arguments bound.
     :param around: handlers to put around it, outermost first.
+    :param is_guide: take no scan without sites; else, where no scan has sites, the first is taken.
     :return: the trace of the sites before the scan, and the scan (``None`` when the program ends without one; the
         trace then holds every site).
     """
     with handlers.block(), handlers.trace() as trace:
+        catch = _CatchScan(trace)
         try:
-            with _CatchScan():
+            with catch:
                 _run_under(around, program)
         except _ScanReached as reached:
             _check_flow(trace)
             return trace, reached.scan
+    if catch.without_sites is not None and not is_guide:
+        before, make_scan = catch.without_sites
+        _check_flow(before)
+        return before, make_scan()
     _check_flow(trace)
     return trace, None
 

@@ -71,7 +71,8 @@ class Sequence:
     """A model with one scan, in lockstep with an optional guide. :func:`~.reading.read_sequence` makes one.
 
     - **model**, **guide** - the two programs as read; **path** - the sites of a guide that proposes whole paths.
-    - **plates** - the plates that enclose everything; **bound_scale** - a scale common to every site.
+    - **plates** - the plates that enclose everything and make independent problems; **bound_scale** - a scale common to
+      every site. **combined** - deterministic sites that are not of one problem each: particles have no values of them.
     - **global_values** - latents drawn once for all particles; **log_global_weight** - their log p - log q.
     - **given** - names of latents to condition on; **global_observed** - data about global latents alone.
     - **after** - the likelihood after the scan. **twisted** - whether twists count. **look_ahead** - where they do.
@@ -101,6 +102,7 @@ class Sequence:
         self.given: frozenset[str] = frozenset()
         self.global_observed: frozenset[str] = frozenset()
         self.plates = BatchPlates()
+        self.combined: frozenset[str] = frozenset()
         self.bound_scale = 1.0
         self.gradient_of_draws = "ignore"
         self.twisted = guide is not None and any(s["type"] == "twist" for s in guide.step_sites.values())
@@ -210,7 +212,11 @@ class Sequence:
         if self.guide_program is not None:
             plates = plate_indices(self.guide_prefix)
             guide_trace, scan = run_prefix(
-                self.guide_program, *around, CloudDraws(guide_key, index), Fixed(self.global_values, plates)
+                self.guide_program,
+                *around,
+                CloudDraws(guide_key, index),
+                Fixed(self.global_values, plates),
+                is_guide=True,
             )
             guide_trace = {name: site for name, site in guide_trace.items() if name not in self.path}
             if self.guide is not None:
@@ -229,7 +235,7 @@ class Sequence:
             of_particle = name not in self.global_values and name not in self.global_observed
             if not of_particle or site["type"] not in ("sample", "deterministic"):
                 continue
-            if not is_observed(site):
+            if not is_observed(site) and name not in self.combined:
                 values[name] = site["value"]
             if site["type"] == "sample":
                 increment, score = self._log_weight_of(site, guide_trace.get(name))
@@ -237,7 +243,6 @@ class Sequence:
         for name, site in guide_trace.items():
             if name not in model_trace and is_latent(site) and name not in self.global_values:
                 log_weight = log_weight - self.log_density(site)
-        self._check_carries(state)
         log_twist = jnp.zeros(self.batch_shape)
         if self.twisted:
             state["log twist"] = log_twist
@@ -283,7 +288,7 @@ class Sequence:
         if self.proposes:
             self._check_all_proposed(model_trace, frozenset(model_trace))
         for name, site in model_trace.items():
-            if site["type"] == "deterministic" or (
+            if (site["type"] == "deterministic" and name not in self.combined) or (
                 site["type"] == "sample" and (not site["is_observed"] or "given_until" in site)
             ):
                 values[name] = site["value"]
@@ -352,14 +357,3 @@ class Sequence:
                 f"guide (inside its scan body if the model does), or use numpyro_smc.bootstrap(model) to propose from "
                 f"the model itself."
             )
-
-    def _check_carries(self, state: dict[str, Any]) -> None:
-        rank = len(self.batch_shape)
-        for owner in ("model", "guide"):
-            for leaf in state.get(owner, []):
-                if rank and leaf.shape[:rank] != self.batch_shape:
-                    raise ValueError(
-                        f"{self.user}: plates {list(self.plates.names)} of shape {self.batch_shape} enclose the whole "
-                        f"{owner}, so every carry of its scan that depends on latents must start with these axes; one "
-                        f"has shape {leaf.shape}. Put the series on the leading axis of the carry."
-                    )

@@ -11,6 +11,9 @@ from jax import Array, lax
 
 from numpyro_smc.filtering.smoothing.genealogy import take
 from numpyro_smc.filtering.smoothing.kernel import BackwardKernel, Step
+from numpyro_smc.programs.elements.labels import along
+from numpyro_smc.programs.elements.plates import fits
+from numpyro_smc.programs.elements.tracing import trace
 from numpyro_smc.programs.sequence import Sequence
 
 #: ``(t, carry, values)`` to an array, or a pytree of them: the carry the step received, and the step's site values.
@@ -76,7 +79,30 @@ def evaluate(sequence: Sequence, functional: Functional, step: Step, particles: 
                 f"shape {batch} enclose the program and every element has weights of its own: the value must start "
                 f"with these axes. Do not sum over them."
             )
+    if batch:
+        _check_independent(sequence, functional, step.t, carry, values)
     return result
+
+
+def _check_independent(sequence: Sequence, functional: Functional, t: Array, carry: Any, values: Any) -> None:
+    """:raises ValueError: if one element of the functional depends on others, whose particles are of another path."""
+
+    def shape(leaf: Any) -> Any:
+        return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+    labels = trace(functional, *jax.tree.map(shape, (t, carry, values)))
+    axes = sequence.model.batch_axes
+    leaves, treedef = jax.tree.flatten(carry)
+    for place, (plate, size) in enumerate(zip(sequence.plates.names, sequence.batch_shape, strict=True)):
+        moving = [along(jnp.shape(leaf), its[place]) if its else None for leaf, its in zip(leaves, axes, strict=True)]
+        of_values = {name: along(jnp.shape(value), place) for name, value in values.items()}
+        found = labels(None, jax.tree.unflatten(treedef, moving), of_values)
+        if not all(fits(label, place, size) for label in jax.tree.leaves(found)):
+            raise ValueError(
+                f"smooth: the functional's value at one element of plate '{plate}' depends on other elements, which "
+                f"are filtered as problems of their own. Let it depend on each element alone, or compute it on the "
+                f"paths of sample_posterior."
+            )
 
 
 def weighted_sum(values: Array, weights: Array) -> Array:

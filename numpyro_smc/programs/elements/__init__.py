@@ -1,0 +1,1 @@
+"""Which elements of a plate the numbers of a program depend on."""
