@@ -101,7 +101,7 @@ def test_checks_of_calibration_leave_constant_elements_out():
     estimator = RatioEstimator(Simulator(correlation, ["factor"]), ExactCorrelation(), (), BinaryLoss())
     ranks = sbc(estimator, random.key(2), 60, 50)
     assert "factor[0,0]" not in repr(ranks) and "factor[1,0]" in repr(ranks)
-    assert np.isfinite(tarp(estimator, random.key(3), 40, 50).levels).all()
+    assert np.isfinite(tarp(estimator, random.key(3), 40, 50).values).all()
 
 
 def test_a_grid_over_elements_that_cannot_vary_freely_is_refused():

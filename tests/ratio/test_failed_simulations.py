@@ -171,7 +171,7 @@ def test_failures_count_wherever_the_data_come_from(tmp_path):
     train, validation = stored.split(random.key(1), 0.5)
     assert len(train.first(2000).failed) + len(validation.failed) == lost
     for data in (stored, tmp_path, rows()):
-        found = nre.train(random.key(0), data=data, max_epochs=1, **SMALL | {"validation": None})
+        found = nre.train(random.key(0), data=data, max_epochs=1, **SMALL | {"validation": None, "batch_size": 50})
         share = np.exp(float(found.finiteness.log_share))
         assert abs(share - 0.5) < 0.05
 
