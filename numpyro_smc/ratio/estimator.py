@@ -45,6 +45,7 @@ class RatioEstimator:
     :mod:`numpyro_smc.ratio.finiteness`); outside a truncated prior's box it is zero.
 
     :ivar training: the record of the training; ``None`` after :meth:`NRE.load`.
+    :ivar has_failures: whether simulations failed and were left out.
     :ivar elements: names of the parameters' elements, in the order of their vector ``[D]``.
     """
 
@@ -65,8 +66,8 @@ class RatioEstimator:
         self.simulator, self.network, self.weights, self.loss = simulator, network, weights, loss
         self.box, self.description, self.training = box, description, training
         self.finiteness, self.seen, self.nonfinite = finiteness, seen, nonfinite
-        has_failures = finiteness is not None and float(finiteness.log_share) < 0
-        self._finiteness = Finiteness.beside(network) if has_failures else None
+        self.has_failures = finiteness is not None and float(finiteness.log_share) < 0
+        self._finiteness = Finiteness.beside(network) if self.has_failures else None
         self.elements = simulator.elements
         self._samplers: dict[Any, SMCSampler] = {}
         self._simulate = jax.jit(jax.vmap(lambda key: simulator.simulate(key)))

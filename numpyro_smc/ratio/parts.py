@@ -140,7 +140,9 @@ class _Opened:
             raise _damaged(self.file, error) from error
         if "theta" not in names or "x" not in names:
             self.closing.close()
-            raise ValueError(f"StoredData: '{self.file}' must have arrays theta and x, found {sorted(map(str, names))}.")
+            raise ValueError(
+                f"StoredData: '{self.file}' must have arrays theta and x, found {sorted(map(str, names))}."
+            )
         return opened
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:

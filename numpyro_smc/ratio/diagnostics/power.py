@@ -131,7 +131,7 @@ def roc(
         mapped = jax.jit(lambda rows: lax.map(one, rows, batch_size=min(_CHUNK, num_pairs)))
         return np.asarray(mapped((theta, x, context)), np.float64)
 
-    if estimator.finiteness is None:
+    if not estimator.has_failures:
         shuffled = np.roll(np.asarray(theta), 1, axis=0)
     else:  # parameters of finite outputs do not follow the prior
         shuffled = np.asarray(estimator.prior(random.fold_in(rng_key, _PRIOR), num_pairs))
