@@ -9,6 +9,7 @@ from jax import Array, lax, random
 
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, PathwiseELBO, weighted_sum
+from numpyro_smc.programs.arguments import check_number
 from numpyro_smc.programs.density import Densities, Pair, Params
 from numpyro_smc.programs.guide_target import moves
 
@@ -67,8 +68,7 @@ class DReG(PathwiseELBO):
 
     def __init__(self, num_particles: int, *, tradeoff: float = 0.0, **options: Any) -> None:
         super().__init__(num_particles, **options)
-        if not 0.0 <= tradeoff <= 1.0:
-            raise ValueError(f"DReG: tradeoff must be in [0, 1], got {tradeoff}.")
+        check_number("DReG", "[0, 1]", tradeoff=tradeoff)
         self.tradeoff = tradeoff
 
     def coefficients(self, log_weights: Array, alpha: Any = 0.0) -> Coefficients:

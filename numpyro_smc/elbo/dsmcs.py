@@ -16,7 +16,7 @@ from numpyro_smc.engines.learned_schedule import LEARNABLE, LearnedSchedule
 from numpyro_smc.engines.particles import Recursion, run, score_terms
 from numpyro_smc.engines.path import AnnealedPath
 from numpyro_smc.engines.transitions import KERNELS, Kernel
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_plate_names, check_positive, named
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.guide_target import GuideTarget
 from numpyro_smc.programs.nonfinite import check_finite
@@ -119,6 +119,9 @@ class DSMCS(ELBO):
         check_positive(user, num_particles=num_particles, num_mc=num_mc)
         if kernel not in KERNELS:
             raise ValueError(f"{user}: unknown kernel {kernel!r}; there are {sorted(KERNELS)}.")
+        with named(user):
+            resample_fn = build(resampler, resample, ess_threshold, resampling_gradient)
+        check_plate_names(user, plates)
         if resample != "never" and not resolve(resampler).unbiased:
             raise ValueError(
                 f"{user}: the {resolve(resampler).name} scheme is biased, so the loss would not be a bound. Use "
@@ -130,7 +133,7 @@ class DSMCS(ELBO):
         self.schedule = LearnedSchedule(user, num_transitions, learn, step_size, step_size_max, mass, refreshment)
         self.num_mc, self.plates = num_mc, plates
         self.kernel: Kernel = KERNELS[kernel]
-        self.resampling = replace_dead(build(resampler, resample, ess_threshold, resampling_gradient))
+        self.resampling = replace_dead(resample_fn)
         self.resampling_gradient = resampling_gradient
         self.remat: bool | str = "sqrt" if remat == "sqrt" else remat == "step"
 

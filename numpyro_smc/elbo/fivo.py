@@ -6,7 +6,7 @@ from jax import Array, lax, random
 from numpyro.infer.elbo import ELBO
 
 from numpyro_smc.engines.particles import run, score_terms
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_positive, named
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.resample import Decision, build
 from numpyro_smc.programs.resampling import Scheme
@@ -88,7 +88,8 @@ class FIVO(ELBO):
     ) -> None:
         check_positive(type(self).__name__, num_particles=num_particles)
         super().__init__(num_particles=int(num_particles))
-        self.resampling = build(resampler, resample, ess_threshold, resampling_gradient)
+        with named(type(self).__name__):
+            self.resampling = build(resampler, resample, ess_threshold, resampling_gradient)
         self.resampling_gradient = resampling_gradient
         self.remat = remat
         self.can_infer_discrete = resampling_gradient != "none"

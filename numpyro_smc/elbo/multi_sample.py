@@ -12,7 +12,7 @@ from numpyro.infer.elbo import ELBO
 from numpyro.util import find_stack_level
 
 from numpyro_smc.engines.schedules import Schedule, value_now
-from numpyro_smc.programs.arguments import check_between, check_if_given, check_positive
+from numpyro_smc.programs.arguments import check_between, check_if_given, check_plate_names, check_positive
 from numpyro_smc.programs.density import Densities, Pair, Params, Program, is_point, over_particles
 from numpyro_smc.programs.sites import Site, in_control_flow, is_one
 
@@ -88,8 +88,7 @@ class MultiSampleELBO(ELBO):
         if not callable(kl_weight):
             check_between(user, 0.0, inf, kl_weight=kl_weight)
         check_between(user, 0.0, inf, free_bits=free_bits)
-        if plates is not None and (isinstance(plates, str) or not isinstance(plates, Collection)) and plates != "auto":
-            raise ValueError(f"{user}: plates must be 'auto', None or a collection of names, got {plates!r}.")
+        check_plate_names(user, plates)
         check_if_given(user, batch_size=batch_size)
         super().__init__(num_particles=int(num_particles))
         self.alpha, self.kl_weight, self.free_bits = alpha, kl_weight, float(free_bits)

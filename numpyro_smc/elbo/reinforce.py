@@ -11,6 +11,7 @@ from numpyro.primitives import mutable
 
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, ScoreFunctionELBO
+from numpyro_smc.programs.arguments import check_number
 from numpyro_smc.programs.density import Densities, Pair, Params, Program
 from numpyro_smc.programs.statements import state
 
@@ -75,8 +76,7 @@ class Reinforce(ScoreFunctionELBO):
     ) -> None:
         super().__init__(num_particles, **options)
         if isinstance(baseline, DecayingAverage):
-            if not 0.0 <= baseline.decay < 1.0:
-                raise ValueError(f"Reinforce: the decay of the average must be in [0, 1), got {baseline.decay}.")
+            check_number("Reinforce", "[0, 1)", "It is that of the baseline's average.", decay=baseline.decay)
         elif baseline is not None and not callable(baseline):
             raise ValueError(
                 f"Reinforce: baseline must be None, a DecayingAverage or a function of the data, got {baseline!r}."

@@ -9,7 +9,7 @@ from jax import Array, random
 
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, ScoreFunctionELBO
-from numpyro_smc.programs.arguments import check_between, check_positive
+from numpyro_smc.programs.arguments import check_between, check_callable, check_positive
 from numpyro_smc.programs.density import Densities, Pair, Params, over_particles
 from numpyro_smc.programs.simulated_arguments import Simulate, simulate_pair
 from numpyro_smc.programs.sites import is_latent
@@ -88,6 +88,8 @@ class RWS(ScoreFunctionELBO):
         super().__init__(num_particles, **options)
         check_between("RWS", 0.0, inf, wake_theta=wake_theta, wake_phi=wake_phi, sleep_phi=sleep_phi)
         check_positive("RWS", num_sleep=num_sleep)
+        if simulate is not None:
+            check_callable("RWS", simulate=simulate)
         self.wake_theta, self.wake_phi, self.sleep_phi = wake_theta, wake_phi, sleep_phi
         self.num_sleep, self.simulate, self.allow_shared = num_sleep, simulate, allow_shared
 

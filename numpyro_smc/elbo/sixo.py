@@ -7,6 +7,7 @@ from jax import Array, lax, random
 from numpyro_smc.elbo.density_ratio import twist_loss
 from numpyro_smc.elbo.fivo import FIVO
 from numpyro_smc.engines.alternation import current_phase
+from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.sequence import Program, Sequence
@@ -114,8 +115,9 @@ class SIXO(FIVO):
         )
         if twist_training not in ("bound", "dre"):
             raise ValueError(f"SIXO: unknown twist_training={twist_training!r}. Use 'bound' or 'dre'.")
-        if twist_batch_size < 1:
-            raise ValueError(f"SIXO: twist_batch_size must be positive, got {twist_batch_size}.")
+        check_positive("SIXO", twist_batch_size=twist_batch_size)
+        if not isinstance(twist_prefix, str):
+            raise ValueError(f"SIXO: twist_prefix must be the start of parameters' names, got {twist_prefix!r}.")
         self.twist_training = twist_training
         self.twist_prefix = twist_prefix
         self.twist_batch_size = twist_batch_size

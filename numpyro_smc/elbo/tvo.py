@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from numpyro_smc.elbo.multi_sample import Coefficients, ScoreFunctionELBO
+from numpyro_smc.programs.arguments import check_number, check_positive
 
 
 class TVO(ScoreFunctionELBO):
@@ -109,8 +110,7 @@ def partition(partitions: int, beta_min: float | Sequence[float], spacing: str) 
 
     :raises ValueError: if they are not increasing from 0 to 1.
     """
-    if partitions < 1:
-        raise ValueError(f"TVO: partitions must be positive, got {partitions}.")
+    check_positive("TVO", partitions=partitions)
     if spacing not in ("log", "linear"):
         raise ValueError(f"TVO: spacing must be 'log' or 'linear', got {spacing!r}.")
     if np.ndim(beta_min) == 1:
@@ -118,8 +118,7 @@ def partition(partitions: int, beta_min: float | Sequence[float], spacing: str) 
     elif spacing == "linear" or partitions == 1:
         inner = np.linspace(0.0, 1.0, partitions + 1)[1:]
     else:
-        if not 0.0 < float(np.asarray(beta_min)) < 1.0:
-            raise ValueError(f"TVO: beta_min must be in (0, 1), got {beta_min}.")
+        check_number("TVO", "(0, 1)", beta_min=beta_min)
         inner = np.logspace(np.log10(beta_min), 0.0, partitions)
     betas = np.concatenate([[0.0], inner])
     if not (np.all(np.diff(betas) > 0.0) and np.isclose(betas[-1], 1.0)):

@@ -8,6 +8,7 @@ from jax import Array
 
 from numpyro_smc.elbo.iwelbo import normalised_weights
 from numpyro_smc.elbo.multi_sample import Coefficients, ScoreFunctionELBO
+from numpyro_smc.programs.arguments import check_number
 from numpyro_smc.programs.weights import LeaveOneOut, leave_one_out
 
 
@@ -134,5 +135,5 @@ def check_baseline(user: str, mean: str, clip_log_odds: float | None) -> None:
     """:raises ValueError: for an unknown mean, or a limit that is not positive."""
     if mean not in ("arithmetic", "geometric"):
         raise ValueError(f"{user}: mean must be 'arithmetic' or 'geometric', got {mean!r}.")
-    if clip_log_odds is not None and not clip_log_odds > 0.0:
-        raise ValueError(f"{user}: clip_log_odds must be positive or None, got {clip_log_odds}.")
+    if clip_log_odds is not None:
+        check_number(user, "(0, inf]", "Use None for no limit.", clip_log_odds=clip_log_odds)

@@ -14,6 +14,8 @@ from jax import Array, lax
 from jax.example_libraries import optimizers
 from numpyro.optim import _NumPyroOptim, optax_to_numpyro
 
+from numpyro_smc.programs.arguments import check_positive, named
+
 __all__ = ["StepwiseOptim", "alternating", "current_phase", "current_step"]
 
 
@@ -85,7 +87,8 @@ class StepwiseOptim(_NumPyroOptim):
     """
 
     def __init__(self, optim: Any, *, phase: Callable[[Array], Array] | None = None) -> None:
-        self.optim = _as_numpyro_optim(optim, "optim")
+        with named("StepwiseOptim"):
+            self.optim = _as_numpyro_optim(optim, "optim")
         self.phase = phase
 
     def init(self, params: Any) -> tuple:
@@ -146,16 +149,17 @@ def alternating(
 
     1. *SIXO: Smoothing Inference with Twisted Objectives*, D. Lawson, A. Raventós, A. Warrington, S. Linderman (2022)
     """
-    for name, number in (("num_steps", num_steps), ("num_twist_steps", num_twist_steps)):
-        if number < 1:
-            raise ValueError(f"alternating: {name} must be at least 1, got {number}. To train one group only, use SVI.")
+    check_positive("alternating", num_steps=num_steps, num_twist_steps=num_twist_steps)
+    if not isinstance(twist_prefix, str):
+        raise ValueError(f"alternating: twist_prefix must be the start of parameters' names, got {twist_prefix!r}.")
     if not twist_prefix:
         raise ValueError("alternating: twist_prefix is empty, so every parameter would belong to the twist.")
 
     def phase(step: Array) -> Array:
         return step % (num_steps + num_twist_steps) >= num_steps
 
-    groups = _gradient_optim(optim, "optim"), _gradient_optim(twist_optim, "twist_optim")
+    with named("alternating"):
+        groups = _gradient_optim(optim, "optim"), _gradient_optim(twist_optim, "twist_optim")
     return StepwiseOptim(_TwoGroups(*groups, phase, twist_prefix), phase=phase)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax, random
 
 from numpyro_smc.engines.particles import FeynmanKac
+from numpyro_smc.programs.arguments import check_if_given
 from numpyro_smc.programs.sequence import Cloud, Move
 
 
@@ -41,7 +42,8 @@ def in_chunks(model: Any, num_particles: int, batch_size: int | None) -> Feynman
 
     :raises ValueError: unless ``batch_size`` divides ``num_particles``.
     """
-    if batch_size is not None and (batch_size < 1 or num_particles % batch_size):
+    check_if_given("chunks of particles", batch_size=batch_size)
+    if batch_size is not None and num_particles % batch_size:
         raise ValueError(f"batch_size={batch_size} must be positive and divide num_particles={num_particles}.")
     if batch_size is None or model is None or batch_size == num_particles:
         return model

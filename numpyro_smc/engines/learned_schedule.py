@@ -11,6 +11,7 @@ from jax import Array
 from numpyro.distributions import constraints
 
 from numpyro_smc.engines.path import Schedule
+from numpyro_smc.programs.arguments import check_not_negative, check_number
 
 LEARNABLE = ("betas", "step_size", "mass", "refreshment")
 PREFIX = "annealing$"
@@ -38,17 +39,15 @@ class LearnedSchedule:
         mass: float,
         refreshment: float,
     ) -> None:
-        if num_transitions < 0:
-            raise ValueError(f"{user}: num_transitions must not be negative, got {num_transitions}.")
+        check_not_negative(user, num_transitions=num_transitions)
+        if isinstance(learn, str):
+            raise ValueError(f"{user}: learn must be several names out of {list(LEARNABLE)}, got {learn!r}.")
         if unknown := set(learn) - set(LEARNABLE):
             raise ValueError(f"{user}: learn names {sorted(unknown)}; the sampler has {list(LEARNABLE)}.")
+        check_number(user, "(0, inf)", step_size_max=step_size_max, mass=mass)
         step_size = step_size_max / 2.0 if step_size is None else step_size
-        if not 0.0 < step_size < step_size_max:
-            raise ValueError(f"{user}: step_size must be in (0, step_size_max={step_size_max}), got {step_size}.")
-        if not 0.01 < refreshment < 0.99 or not mass > 0.0:
-            raise ValueError(
-                f"{user}: refreshment must be in (0.01, 0.99) and mass positive, got {refreshment} and {mass}."
-            )
+        check_number(user, f"(0, {step_size_max})", "Raise step_size_max for larger ones.", step_size=step_size)
+        check_number(user, "(0.01, 0.99)", refreshment=refreshment)
         self.user, self.num_transitions, self.step_size_max = user, int(num_transitions), step_size_max
         self.initial = {
             "betas": jnp.zeros(self.num_transitions),

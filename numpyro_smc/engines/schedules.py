@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from numpyro_smc.engines.alternation import current_step
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_number, check_positive
 
 Schedule = Callable[[Array], Any]
 
@@ -36,10 +36,9 @@ def log_schedule(start: float, stop: float, num_steps: int, *, offset: int = 0) 
         >>> [round(float(alpha(step)), 3) for step in (0, 500, 1000, 2000)]
         [0.99, 0.9, 0.0, 0.0]
     """
-    if not (start < 1.0 and stop < 1.0):
-        raise ValueError(f"log_schedule: start and stop must be below 1, got {start} and {stop}.")
-    if num_steps < 1:
-        raise ValueError(f"log_schedule: num_steps must be positive, got {num_steps}.")
+    check_number("log_schedule", "(-inf, 1)", start=start, stop=stop)
+    check_positive("log_schedule", num_steps=num_steps)
+    check_number("log_schedule", "(-inf, inf)", offset=offset)
     first, last = np.log1p(-start), np.log1p(-stop)
 
     def schedule(step: Array) -> Array:
@@ -77,8 +76,7 @@ def burda_schedule(base: float, steps_per_epoch: int, num_stages: int = 8) -> Sc
 
     1. *Importance Weighted Autoencoders*, Y. Burda, R. Grosse, R. Salakhutdinov (2016)
     """
-    if not base > 0.0:
-        raise ValueError(f"burda_schedule: base must be positive, got {base}.")
+    check_number("burda_schedule", "(0, inf)", base=base)
     check_positive("burda_schedule", steps_per_epoch=steps_per_epoch, num_stages=num_stages)
     ends = np.cumsum(3 ** np.arange(num_stages - 1)) * steps_per_epoch
     rates = base * np.logspace(0.0, -1.0, num_stages)

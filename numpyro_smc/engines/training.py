@@ -21,8 +21,9 @@ from numpyro.infer.svi import SVIState
 from tqdm import tqdm
 
 from numpyro_smc.engines.checkpoint import Progress, check_folder
-from numpyro_smc.programs.arguments import check_if_given
+from numpyro_smc.programs.arguments import check_callable, check_if_given, check_positive
 from numpyro_smc.programs.compiled import is_array
+from numpyro_smc.programs.inputs import as_data, as_params, check_names, check_program, one_key
 
 __all__ = ["FitResult", "fit"]
 
@@ -168,7 +169,26 @@ def fit(
         raise ValueError(f"fit: svi must be a numpyro.infer.SVI, got {type(svi).__name__}.")
     if init_state is not None and init_params is not None:
         raise ValueError("fit: init_params would be ignored, because init_state holds parameters; pass one of the two.")
-    check_if_given("fit", num_steps=num_steps, chunk_size=chunk_size)
+    check_positive("fit", num_steps=num_steps)
+    check_if_given("fit", chunk_size=chunk_size)
+    for name, function in (("evaluate", evaluate), ("log", log)):
+        if function is not None:
+            check_callable("fit", **{name: function})
+    rng_key = one_key("fit", rng_key)
+    args, kwargs = as_data("fit", (args, kwargs))
+    check_program(
+        "fit",
+        svi.model,
+        svi.guide,
+        as_params("fit", init_params),
+        args,
+        kwargs | svi.static_kwargs,
+        options=(fit,),
+        needs_data=False,
+        may_lack="any",
+        argument="init_params",
+        may_reshape=True,
+    )
     chunk_size = chunk_size or math.ceil(num_steps / 50)
     checkpoint_every = _period("checkpoint", checkpoint, checkpoint_every, num_steps)
     evaluate_every = _period("evaluate", evaluate, evaluate_every, num_steps)
@@ -177,6 +197,7 @@ def fit(
 
     if init_state is None or svi.constrain_fn is None:
         fresh_state = svi.init(rng_key, *args, init_params=init_params, **kwargs)
+        check_names("fit", "init_params", init_params or {}, svi.get_params(fresh_state))
         init_state = fresh_state if init_state is None else init_state
     evaluation_key = jax.random.fold_in(rng_key, _EVALUATION_STREAM)
     progress = saved = Progress(_without_weak_types(init_state), evaluation_key, np.zeros(0, jnp.result_type(float)))

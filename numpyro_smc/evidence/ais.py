@@ -15,12 +15,13 @@ from numpyro_smc.evidence import annealing
 from numpyro_smc.evidence.annealing import Annealed, Path
 from numpyro_smc.evidence.estimate import Evidence, log_mean_and_error
 from numpyro_smc.evidence.rows import batches, check_densities, check_plates, cut
-from numpyro_smc.programs.arguments import check_between, check_positive
+from numpyro_smc.programs.arguments import check_between, check_callable, check_plate_names, check_positive
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.guide_target import GuideTarget, State
-from numpyro_smc.programs.nonfinite import as_arrays, check_finite
+from numpyro_smc.programs.inputs import checked_call
+from numpyro_smc.programs.nonfinite import check_finite
 from numpyro_smc.programs.sites import BatchPlates
 
 SCHEDULES = ("linear", "sigmoid", "adaptive")
@@ -122,6 +123,8 @@ class AIS:
     ) -> None:
         check_positive("AIS", num_chains=num_chains, num_temperatures=num_temperatures, num_leapfrog=num_leapfrog)
         check_positive("AIS", num_pilot_chains=num_pilot_chains)
+        check_callable("AIS", model=model, **({} if guide is None else {"guide": guide}))
+        check_plate_names("AIS", plates)
         check_between("AIS", 0.05, 0.999, target_acceptance=target_acceptance)
         for name, size in (("batch_size", batch_size), ("chain_batch_size", chain_batch_size)):
             if size is not None:
@@ -149,8 +152,9 @@ class AIS:
         :param params: constrained values of the ``param`` sites.
         :raises FloatingPointError: naming the sites, if some element's weights all vanish or are not a number.
         """
-        program_key, run_key = random.split(rng_key)
-        problem = Problem(as_arrays(params), args, kwargs, program_key)
+        call = checked_call("AIS", rng_key, self.model, self.guide, params, args, kwargs, options=(AIS, AIS.run))
+        program_key, run_key = random.split(call.rng_key)
+        problem = Problem(call.params, call.args, call.kwargs, program_key)
         chains = self.both_ways(run_key, problem)
         log_weights = chains.forward.log_weights
         value, error, ess = log_mean_and_error(log_weights)
@@ -288,5 +292,7 @@ def temperatures(schedule: str | Sequence[float], num_temperatures: int) -> np.n
     betas = np.asarray(schedule, np.float64)
     increasing = betas.ndim == 1 and len(betas) > 2 and bool(np.all(np.diff(betas) > 0.0))
     if not increasing or not math.isclose(betas[0], 0.0) or not math.isclose(betas[-1], 1.0):
-        raise ValueError(f"AIS: temperatures must increase from 0 to 1, at least three of them, got {schedule!r}.")
+        raise ValueError(
+            f"AIS: the temperatures of schedule must increase from 0 to 1, at least three of them, got {schedule!r}."
+        )
     return betas

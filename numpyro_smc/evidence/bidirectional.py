@@ -11,11 +11,11 @@ from jax import Array, random
 
 from numpyro_smc.evidence.ais import AIS, BothWays, Problem
 from numpyro_smc.evidence.estimate import log_mean_and_error
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_callable, check_positive
 from numpyro_smc.programs.compiled import Compiled, is_array
 from numpyro_smc.programs.density import Params
 from numpyro_smc.programs.guide_target import State
-from numpyro_smc.programs.nonfinite import as_arrays
+from numpyro_smc.programs.inputs import checked_call
 from numpyro_smc.programs.simulation import Simulate, simulated
 from numpyro_smc.programs.sites import BatchPlates
 from numpyro_smc.reports.plots import new_axes
@@ -165,7 +165,13 @@ def bidirectional(
        (2017)
     """
     check_positive("bidirectional", num_simulated=num_simulated)
-    params = as_arrays(params)
+    if not isinstance(ais, AIS):
+        raise TypeError(f"bidirectional: ais must be an AIS(model, ...), got {ais!r}.")
+    if simulate is not None:
+        check_callable("bidirectional", simulate=simulate)
+    rng_key, params, args, kwargs = checked_call(
+        "bidirectional", rng_key, ais.model, ais.guide, params, args, kwargs, options=(bidirectional,)
+    )
     results, problems = [], []
     for number in range(num_simulated):
         program_key, simulate_key, run_key = random.split(random.fold_in(rng_key, number), 3)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from numpyro_smc.programs.arguments import check_number
 from numpyro_smc.programs.pareto import LARGE_PARETO_K
 from numpyro_smc.programs.sites import BatchPlates
 from numpyro_smc.programs.weights import leave_one_out, normalise
@@ -93,6 +94,7 @@ class Evidence:
 
     def interval(self, probability: float = 0.95) -> tuple[float, float]:
         """Interval for the log evidence of the full data, from Student's t; the shortfall widens it upwards."""
+        check_number("interval", "(0, 1)", probability=probability)
         width = _student_quantile(probability, self.num_samples - 1) * self.standard_error
         return self.value - width, self.value + width + self.shortfall
 

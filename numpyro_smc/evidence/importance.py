@@ -11,11 +11,12 @@ from jax import Array, random
 from numpyro.util import find_stack_level
 
 from numpyro_smc.evidence.estimate import Evidence, log_mean_and_error
-from numpyro_smc.programs.arguments import check_if_given, check_positive
+from numpyro_smc.programs.arguments import check_if_given, check_plate_names, check_positive
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, log_weights
-from numpyro_smc.programs.nonfinite import as_arrays, check_finite
+from numpyro_smc.programs.inputs import checked_call
+from numpyro_smc.programs.nonfinite import check_finite
 from numpyro_smc.programs.pareto import LARGE_PARETO_K, pareto_k
 
 
@@ -75,7 +76,10 @@ def importance(
     """
     check_positive("importance", num_samples=num_samples)
     check_if_given("importance", batch_size=batch_size)
-    params = as_arrays(params)
+    check_plate_names("importance", plates)
+    rng_key, params, args, kwargs = checked_call(
+        "importance", rng_key, model, guide, params, args, kwargs, options=(importance,)
+    )
     chosen = plates if plates is None or isinstance(plates, str) else tuple(plates)
     found = _compiled(model, guide, num_samples, batch_size, chosen)(rng_key, params, args, kwargs)
     value, error, ess = log_mean_and_error(found.values)

@@ -7,6 +7,8 @@ import jax
 from jax import Array
 
 from numpyro_smc.filtering.filter import ParticleFilter
+from numpyro_smc.programs.arguments import named
+from numpyro_smc.programs.inputs import checked_call
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.sequence import Program
@@ -59,13 +61,15 @@ def log_evidence(
         >>> bool(-3.2 < value < -2.2)
         True
     """
-    particle_filter = _evidence_filter(
-        model, num_particles, guide, resampler, resample, ess_threshold, allow_biased, batch_size
-    )
+    with named("log_evidence"):
+        particle_filter = _evidence_filter(
+            model, num_particles, guide, resampler, resample, ess_threshold, allow_biased, batch_size
+        )
     particle_filter.check_unbiased("log_evidence")
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((rng_key, params, args, kwargs))):
-        return particle_filter.log_evidence(rng_key, *args, params=params, **kwargs)
-    return particle_filter.run(rng_key, *args, params=params, **kwargs).log_evidence
+    call = checked_call("log_evidence", rng_key, model, guide, params, args, kwargs, options=(log_evidence,))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(call)):
+        return particle_filter.log_evidence(call.rng_key, *call.args, params=call.params, **call.kwargs)
+    return particle_filter.filtered(call).log_evidence
 
 
 @lru_cache(maxsize=32)

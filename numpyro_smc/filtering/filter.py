@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,18 +16,14 @@ from numpyro_smc.engines.particles import Move, ParticleState, run
 from numpyro_smc.filtering import streaming
 from numpyro_smc.filtering.result import FilterResult, History
 from numpyro_smc.filtering.streaming import FilterState
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_callable, check_positive, named
 from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.inputs import Call, as_data, checked_call
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.resample import Decision, build
 from numpyro_smc.programs.resampling import Scheme, resolve
 from numpyro_smc.programs.sequence import Program, Sequence
 from numpyro_smc.programs.weights import normalise
-
-
-def as_arrays(params: dict[str, Any] | None) -> dict[str, Any]:
-    """Parameters as arrays: a new number is then a new value, not a new program to compile."""
-    return jax.tree.map(jnp.asarray, params or {})
 
 
 class ParticleFilter:
@@ -96,15 +93,17 @@ class ParticleFilter:
         batch_size: int | None = None,
     ) -> None:
         check_positive("ParticleFilter", num_particles=num_particles)
+        check_callable("ParticleFilter", model=model, **({} if guide is None else {"guide": guide}))
         self.model = model
         self.num_particles = int(num_particles)
         self.guide = guide
-        self.resampling = build(resampler, resample, ess_threshold)
+        with named("ParticleFilter"):
+            self.resampling = build(resampler, resample, ess_threshold)
+            in_chunks(None, self.num_particles, batch_size)
         self.scheme = resolve(resampler) if self.resampling is not None else None
         self.allow_biased = allow_biased
         self.history = history
         self.batch_size = batch_size
-        in_chunks(None, num_particles, batch_size)
         self._compiled_run = Compiled(self._run)
         self._compiled_answer = Compiled(partial(_answer, self))
         self._compiled_init = Compiled(partial(streaming.start, self))
@@ -142,7 +141,11 @@ class ParticleFilter:
         :return: the evidence, weights, particles and ancestors, with methods for smoothing and forecasts.
         :raises FloatingPointError: if all weights are zero or not a number at some step, naming the step and the sites.
         """
-        params = as_arrays(params)
+        return self.filtered(self._checked(rng_key, params, args, kwargs, ParticleFilter.run))
+
+    def filtered(self, call: Call) -> FilterResult:
+        """:meth:`run` of a call that has been checked."""
+        rng_key, params, args, kwargs = call
         log_evidence, history = self._compiled_run(rng_key, params, args, kwargs)
         result = FilterResult(self, rng_key, (params, args, kwargs), log_evidence, history)
         result.check_finite()
@@ -155,7 +158,24 @@ class ParticleFilter:
         :raises ValueError: if the resampling scheme is biased, unless the filter was made with ``allow_biased=True``.
         """
         self.check_unbiased("ParticleFilter.log_evidence")
-        return self._run(rng_key, as_arrays(params), args, kwargs, history=False)[0]
+        call = self._checked(rng_key, params, args, kwargs, ParticleFilter.log_evidence)
+        return self._run(*call, history=False)[0]
+
+    def _checked(
+        self, rng_key: Any, params: Any, args: Any, kwargs: Any, method: Callable[..., Any], needs_data: bool = True
+    ) -> Call:
+        options = (ParticleFilter, method)
+        return checked_call(
+            "ParticleFilter",
+            rng_key,
+            self.model,
+            self.guide,
+            params,
+            args,
+            kwargs,
+            options=options,
+            needs_data=needs_data,
+        )
 
     def read(
         self, rng_key: Array, params: dict[str, Any], args: Any, kwargs: Any, model: Program | None = None
@@ -204,10 +224,10 @@ class ParticleFilter:
             run with them.
         :return: the running state; advance it with :meth:`update`.
         """
-        program = (as_arrays(params), args, kwargs)
+        rng_key, *program = self._checked(rng_key, params, args, kwargs, ParticleFilter.init, needs_data=False)
         if not jnp.issubdtype(rng_key.dtype, jax.dtypes.prng_key):
             rng_key = random.wrap_key_data(rng_key)
-        return self._compiled_init(rng_key, *program)._replace(program=program)
+        return self._compiled_init(rng_key, *program)._replace(program=tuple(program))
 
     def update(
         self, state: FilterState, x: Any = None, *, guide_x: Any = None, data: dict[str, Any] | None = None
@@ -221,6 +241,9 @@ class ParticleFilter:
         :param data: observations by site name, for models that are conditioned from outside.
         :return: the new state.
         """
+        if not isinstance(state, FilterState):
+            raise TypeError(f"ParticleFilter.update: state must be that of init, load or update, got {state!r}.")
+        x, guide_x, data = as_data("ParticleFilter", (x, guide_x, data))
         arrays = state._replace(program=None)
         new = self._compiled_update(arrays, state.program, x, x if guide_x is None else guide_x, data or {})
         return new._replace(program=state.program)

@@ -11,6 +11,8 @@ from jax import Array, random
 
 from numpyro_smc.filtering import forecasting
 from numpyro_smc.filtering.smoothing.questions import Smoothing
+from numpyro_smc.programs.arguments import check_number, check_positive, checked_levels
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.reports.arviz_export import inference_data
 from numpyro_smc.reports.plots import plot_filter
 
@@ -132,6 +134,7 @@ class FilterResult(Smoothing):
 
         :param log_weights: as of :meth:`mean`.
         """
+        levels = checked_levels("quantile", q)
         values, weights, axis = self._weighted(site, log_weights)
         weights = jnp.broadcast_to(weights, values.shape)
         order = jnp.argsort(values, axis=axis)
@@ -145,8 +148,7 @@ class FilterResult(Smoothing):
             index = jnp.minimum(below, values.shape[axis] - 1)
             return jnp.squeeze(jnp.take_along_axis(values, index, axis), axis)
 
-        levels = jnp.asarray(q)
-        return jax.vmap(one)(levels.reshape(-1)).reshape(levels.shape + one(jnp.asarray(0.5)).shape)
+        return jax.vmap(one)(jnp.asarray(levels).reshape(-1)).reshape(levels.shape + one(jnp.asarray(0.5)).shape)
 
     # ---- forecasts ----------------------------------------------------------------------------------------------
 
@@ -162,8 +164,8 @@ class FilterResult(Smoothing):
         :return: by site, ``[num_samples, steps, ...]``.
         :raises ValueError: if the body needs inputs that are not given.
         """
-        if steps < 1 or num_samples < 1:
-            raise ValueError(f"forecast: steps and num_samples must be positive, got {steps} and {num_samples}.")
+        check_positive("forecast", steps=steps, num_samples=num_samples)
+        rng_key = one_key("forecast", rng_key)
         later = forecasting.later_inputs(self.filter, self.rng_key, self.program, self.history, steps, xs)
         timed = (self.num_steps + jnp.arange(steps), later)
         asked = (rng_key, self.rng_key, self.program, self.history, timed, num_samples)
@@ -199,6 +201,7 @@ class FilterResult(Smoothing):
         :param log_weights: as of :meth:`mean`; smoothed bands with :meth:`smoothing_log_weights`.
         """
         self._need_history("plot")
+        check_number("plot", "(0, 1)", probability=probability)
         site = next(iter(self.history.steps["values"])) if site is None else site
         tail = (1.0 - probability) / 2.0
         bands = np.asarray(self.quantile(site, jnp.array([tail, 0.5, 1.0 - tail]), log_weights))

@@ -10,6 +10,7 @@ from jax import Array, random
 from numpyro import handlers
 
 from numpyro_smc.engines.particles import ParticleState, StepInfo, advance, initialise, step_keys
+from numpyro_smc.programs.inputs import check_names
 from numpyro_smc.programs.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def _read(
 ) -> Sequence:
     model = handlers.condition(particle_filter.model, data=data) if data else particle_filter.model
     sequence = particle_filter.read(rng_key, params, args, kwargs, model)
+    check_names("ParticleFilter.update", "data", data, [*sequence.model.step_sites, *sequence.model.prefix])
     if sequence.after is not None:
         raise NotImplementedError(
             "ParticleFilter.update: the likelihood stands after the scan, where single observations cannot be given. "

@@ -17,7 +17,7 @@ from numpyro.infer.util import log_density
 from numpyro_smc.elbo.annealed_runs import draw
 from numpyro_smc.elbo.dsmcs import DSMCS
 from numpyro_smc.evidence.estimate import Evidence, log_mean_and_error
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_callable, check_positive, named
 from numpyro_smc.programs.density import Params, Program
 from numpyro_smc.programs.sites import Site, in_control_flow, is_latent, plate_scales
 from numpyro_smc.reports.annealing import AnnealingDiagnostics
@@ -89,7 +89,9 @@ class AutoDSMCS(AutoGuide):
             self.base: Any = base(model)
         else:
             self.base = AutoDiagonalNormal(model, prefix=prefix, init_scale=0.5) if base is None else base
-        self.sampler = DSMCS(num_particles, num_transitions, **options)
+        with named("AutoDSMCS"):
+            self.sampler = DSMCS(num_particles, num_transitions, **options)
+        check_callable("AutoDSMCS", base=self.base)
         self._wrapped = self.sampler.wrap(self.base)
 
     def __repr__(self) -> str:

@@ -17,7 +17,7 @@ from numpyro.primitives import Messenger
 from numpyro_smc.guides.flow import encode, rows_of
 from numpyro_smc.guides.transforms.affine_coupling import AffineCouplingTransform, coupling_flow
 from numpyro_smc.guides.transforms.amortised import network
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_callable, check_positive
 from numpyro_smc.programs.density import Program
 
 #: From a vector and the context (``None`` without one) to ``(loc, scale)`` of a Gaussian; may state parameters.
@@ -97,6 +97,7 @@ class AuxiliaryFlowGuide:
         plate: str | None = "data",
     ) -> None:
         check_positive("AuxiliaryFlowGuide", aux_dim=aux_dim, num_transforms=num_transforms, hidden=hidden)
+        check_callable("AuxiliaryFlowGuide", encoder=encoder)
         self.encoder, self.aux_dim, self.num_transforms, self.hidden = encoder, aux_dim, num_transforms, hidden
         self.reverse_net, self.forward_net = reverse_net, forward_net
         self.site, self.plate = site, plate
@@ -177,6 +178,11 @@ class AuxiliaryFlowGuide:
         return loc, scale
 
 
+def _check_guide(user: str, guide: Any) -> None:
+    if not isinstance(guide, AuxiliaryFlowGuide):
+        raise TypeError(f"{user}: guide must be an AuxiliaryFlowGuide, got {guide!r}.")
+
+
 def extend_model(model: Program, guide: AuxiliaryFlowGuide) -> Program:
     r"""The model on the extended space of an auxiliary-flow guide: :math:`p(x, z)\, r(v \mid z, x)`.
 
@@ -209,6 +215,8 @@ def extend_model(model: Program, guide: AuxiliaryFlowGuide) -> Program:
         >>> result = svi.run(random.key(0), 10, jnp.array([[0.5], [-1.2]]), progress_bar=False)
     """
 
+    _check_guide("extend_model", guide)
+
     def extended(*args: Any, **kwargs: Any) -> Any:
         reverse = _Reverse(guide, args, kwargs)
         with reverse:
@@ -229,6 +237,8 @@ def extend_guide(guide: AuxiliaryFlowGuide) -> Program:
     ``"z_joint"`` is :math:`(z, v)` as one ``TransformedDistribution``, whose density at given values is exact.
     Parameters are those of ``guide``, but the reverse model's.
     """
+
+    _check_guide("extend_guide", guide)
 
     def extended(x: ArrayLike, subsample_size: int | None = None) -> Array:
         with rows_of(x, guide.plate, subsample_size) as rows:

@@ -69,13 +69,6 @@ def data_rows(
     jax.eval_shape(read, params)
     of_guide, of_model, plates = found
     _check_sites(of_model, user)
-    for program, trace in (("model", of_model), ("guide", of_guide)):
-        for name, site in trace.items():
-            if site["type"] == "param" and name not in params:
-                raise ValueError(
-                    f"{user}: params has no value for parameter '{name}' of the {program}, which would stay as it was "
-                    f"initialised. Pass all trained parameters, as svi.get_params(state) returns them."
-                )
     for name, scale in (plate_scales(of_guide) | plate_scales(of_model)).items():
         if scale != 1.0:
             raise ValueError(

@@ -15,7 +15,7 @@ from numpyro_smc.guides.transforms.affine_coupling import coupling_flow
 from numpyro_smc.guides.transforms.autoregressive import iaf_flow
 from numpyro_smc.guides.transforms.planar import planar_flow
 from numpyro_smc.guides.transforms.sylvester import sylvester_flow
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_callable, check_positive, named
 
 FAMILIES = ("affine", "planar", "coupling", "iaf", "sylvester")
 
@@ -163,8 +163,10 @@ class FlowGuide:
         plate: str | None = "data",
     ) -> None:
         check_positive("FlowGuide", num_transforms=num_transforms, hidden=hidden)
+        check_callable("FlowGuide", encoder=encoder)
         if isinstance(family, str):
-            _check_family(family, site)
+            with named("FlowGuide"):
+                _check_family(family, site)
         self.encoder, self.family, self.site, self.plate = encoder, family, site, plate
         self.num_transforms, self.hidden = num_transforms, hidden
 

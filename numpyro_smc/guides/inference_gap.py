@@ -19,10 +19,10 @@ from numpyro_smc.guides.data_rows import DataRows, check_rows, data_rows, inspec
 from numpyro_smc.guides.gap_result import InferenceGap
 from numpyro_smc.guides.local import LocalOptimizer
 from numpyro_smc.guides.resumable import over_rows
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_not_negative, check_positive, named
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Params, Program, log_weights
-from numpyro_smc.programs.nonfinite import as_arrays
+from numpyro_smc.programs.inputs import checked_call
 from numpyro_smc.programs.pareto import pareto_k
 
 EVIDENCE = {"best": ("ais", "iwae"), "ais": ("ais",), "iwae": ("iwae",), "smc": ("smc",)}
@@ -115,8 +115,12 @@ def inference_gap(
     check_positive(_USER, num_samples=num_samples, batch_size=batch_size, draws_at_once=draws_at_once)
     if num_simulated and evidence not in ("best", "ais"):
         raise ValueError(f"{_USER}: num_simulated certifies the settings of AIS; use evidence='best' or 'ais'.")
-    optimizers = _optimizers(families, batch_size)
-    params = as_arrays(params)
+    check_not_negative(_USER, num_simulated=num_simulated)
+    with named("inference_gap: families"):
+        optimizers = _optimizers(families, batch_size)
+    rng_key, params, args, kwargs = checked_call(
+        _USER, rng_key, model, guide, params, args, kwargs, options=(inference_gap,), may_lack="none"
+    )
     rows, plate = data_rows(model, guide, params, args, kwargs, _USER)
     check_rows(_inspector(model), params, rows, batch_size, _USER)
     size = min(batch_size, rows.num)

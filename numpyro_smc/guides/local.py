@@ -15,10 +15,10 @@ from numpyro_smc.engines.checkpoint import identity_of
 from numpyro_smc.guides.data_rows import DataRows, check_rows, data_rows, inspector
 from numpyro_smc.guides.local_search import GAUSSIANS, optima
 from numpyro_smc.guides.resumable import over_rows
-from numpyro_smc.programs.arguments import check_between, check_positive
+from numpyro_smc.programs.arguments import check_number, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Params, Program
-from numpyro_smc.programs.nonfinite import as_arrays
+from numpyro_smc.programs.inputs import checked_call
 from numpyro_smc.reports.summaries import mean_and_error
 
 _USER = "LocalOptimizer"
@@ -135,14 +135,15 @@ class LocalOptimizer:
 
     def __post_init__(self) -> None:
         # Tuples, so that equal settings find the program that was compiled for them.
-        rates = self.learning_rate if isinstance(self.learning_rate, Sequence) else (self.learning_rate,)
+        given: Any = self.learning_rate
+        rates = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
+        for rate in rates:
+            check_number(_USER, "(0, 1e3)", learning_rate=rate)
         object.__setattr__(self, "learning_rate", tuple(map(float, rates)))
         init = (self.init,) if isinstance(self.init, str | int) else tuple(self.init)
         object.__setattr__(self, "init", init)
         names = ("num_mc", "check_every", "patience", "max_steps", "num_eval", "batch_size")
         check_positive(_USER, **{name: getattr(self, name) for name in names})
-        for rate in self.rates:
-            check_between(_USER, 1e-12, 1e3, learning_rate=rate)
         if isinstance(self.family, str) and self.family not in GAUSSIANS:
             raise ValueError(
                 f"{_USER}: unknown family {self.family!r}; there are {list(GAUSSIANS)}, or give a class of automatic "
@@ -195,7 +196,9 @@ class LocalOptimizer:
         :param params: constrained values of the ``param`` sites of model and guide, which stay as they are.
         :param checkpoint: file that is written after each batch, and that the same call continues from.
         """
-        params = as_arrays(params)
+        rng_key, params, args, kwargs = checked_call(
+            _USER, rng_key, model, guide, params, args, kwargs, options=(LocalOptimizer.run,), may_lack="none"
+        )
         rows, _ = data_rows(model, guide, params, args, kwargs, _USER)
         check_rows(_inspector(model), params, rows, self.batch_size, _USER)
         work = partial(self.batch, rng_key, model, guide, params, rows)

@@ -25,6 +25,8 @@ from numpyro.util import is_prng_key
 from numpyro_smc.engines.particles import Move, ParticleState, Recursion, run
 from numpyro_smc.filtering.smoothing.genealogy import draw_final, follow, take, trace_back
 from numpyro_smc.filtering.smoothing.kernel import BackwardKernel, Step, steps_of
+from numpyro_smc.programs.arguments import check_callable, check_positive, named
+from numpyro_smc.programs.inputs import as_data, as_params, check_program
 from numpyro_smc.programs.pinned import Path, path_sites, pin
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.replay import depends_on_past, transition_density
@@ -205,19 +207,24 @@ class ConditionalSMC(MCMCKernel):
         resample: str | Decision = "always",
         ess_threshold: float = 0.5,
     ) -> None:
+        user = type(self).__name__
+        check_callable(user, model=model, **({} if guide is None else {"guide": guide}))
+        check_positive(user, num_particles=num_particles)
         if num_particles < 2:
             raise ValueError(
-                f"{type(self).__name__}: num_particles is {num_particles}. One particle is held on the current path, "
+                f"{user}: num_particles is {num_particles}. One particle is held on the current path, "
                 f"so there must be at least one more: use num_particles of two or more."
             )
-        scheme = resolve(resampler)
+        with named(user):
+            scheme = resolve(resampler)
+            resample_fn = build(scheme, resample, ess_threshold)
         if scheme.conditional is None:
-            raise ValueError(f"{type(self).__name__}: {no_conditional(scheme)}")
+            raise ValueError(f"{user}: {no_conditional(scheme)}")
         self._model, self._guide = model, guide
-        self.params = jax.tree.map(jnp.asarray, params or {})
+        self.params = as_params(user, params)
         self._sweep = Sweep(
             int(num_particles),
-            build(scheme, resample, ess_threshold),
+            resample_fn,
             ancestor_sampling and not backward_sampling,
             backward_sampling,
         )
@@ -231,7 +238,8 @@ class ConditionalSMC(MCMCKernel):
     def read(self, rng_key: Array, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Sequence:
         """The program as the recursion sees it, checked for what conditional SMC needs."""
         user = type(self).__name__
-        sequence = read_sequence(rng_key, self._model, self._guide, self.params, args, kwargs or {}, user=user)
+        args, kwargs = as_data(user, (args, kwargs or {}))
+        sequence = read_sequence(rng_key, self._model, self._guide, self.params, args, kwargs, user=user)
         if not path_sites(sequence)[1]:
             raise ValueError(f"{user}: the scan's steps have no latent sites, so there is no path to sample.")
         if (self._sweep.ancestor_sampling or self._sweep.backward_sampling) and depends_on_past(sequence):
@@ -253,6 +261,8 @@ class ConditionalSMC(MCMCKernel):
         """A path drawn by an unconditional filter. ``init_params``, which ``Gibbs`` fills with prior draws, are not
         used."""
         del num_warmup, init_params
+        model_args, model_kwargs = as_data(type(self).__name__, (model_args, model_kwargs or {}))
+        check_program(type(self).__name__, self._model, self._guide, self.params, model_args, model_kwargs)
         if not is_prng_key(rng_key):
             return jax.vmap(lambda key: self.init(key, 0, None, model_args, model_kwargs))(rng_key)
         rng_key, read_key, key = random.split(rng_key, 3)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax import Array, random
 
 from numpyro_smc.engines.particles import run
 from numpyro_smc.kernels.conditional_smc import Sweep
 from numpyro_smc.kernels.correlated_noise import Noise, draw_noise, steer, to_uniform
 from numpyro_smc.kernels.sorted_resampling import ORDERS, sorted_systematic
+from numpyro_smc.programs.arguments import check_callable, named
 from numpyro_smc.programs.bootstrap import Bootstrap
+from numpyro_smc.programs.inputs import as_data, as_params, check_program
 from numpyro_smc.programs.pinned import Path, path_sites
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.resample import Decision, ResampleFn, build, no_conditional, schedule
@@ -58,7 +59,7 @@ class EstimatedLikelihood:
         user: str,
     ) -> None:
         self.model, self.guide, self.user = model, None if isinstance(guide, Bootstrap) else guide, user
-        self.params: dict[str, Any] = jax.tree.map(jnp.asarray, params or {})
+        self.params = as_params(user, params)
         self.num_particles, self.keep_paths, self.correlated, self.sort = num_particles, keep_paths, correlated, sort
         self.resampler, self.resample, self.ess_threshold = resampler, resample, ess_threshold
         self._check()
@@ -76,6 +77,14 @@ class EstimatedLikelihood:
                 f"the likelihood is unbiased, but not a power of it. Remove the scale, and use plates of full size."
             )
         return sequence
+
+    def checked(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *options: Callable[..., Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as arrays, and an error if programs, arguments and parameters do not go together."""
+        args, kwargs = as_data(self.user, (args, kwargs))
+        check_program(self.user, self.model, self.guide, self.params, args, kwargs, options=options)
+        return args, kwargs
 
     def noise(self, rng_key: Array, sequence: Sequence) -> Noise | None:
         """Independent noise for a run, where the draws are functions of it."""
@@ -135,8 +144,11 @@ class EstimatedLikelihood:
         return sorted_systematic(to_uniform(noise.resampling), decide, self.sort, self.user)
 
     def _check(self) -> None:
-        scheme, user = resolve(self.resampler), self.user
-        build(scheme, self.resample, self.ess_threshold)
+        user = self.user
+        check_callable(user, model=self.model, **({} if self.guide is None else {"guide": self.guide}))
+        with named(user):
+            scheme = resolve(self.resampler)
+            build(scheme, self.resample, self.ess_threshold)
         if self.resample != "never" and not scheme.unbiased:
             raise ValueError(
                 f"{user}: resampler '{scheme.name}' is not known to be unbiased, and chains that use its estimates "

@@ -11,8 +11,9 @@ from jax import Array, lax, random
 
 from numpyro_smc.kernels.correlated_noise import move_noise
 from numpyro_smc.kernels.pseudo_marginal import Target
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_number, check_positive
 from numpyro_smc.programs.global_latents import Values
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.reports.plots import new_axes
 
 if TYPE_CHECKING:
@@ -87,9 +88,12 @@ def tune_num_particles(
 ) -> tuple[ParticleMetropolis, EvidenceVariance]:
     """See :meth:`ParticleMetropolis.tune`."""
     user = f"{type(kernel).__name__}.tune"
-    check_positive(user, num_runs=num_runs - 1, max_particles=max_particles, num_pilot=num_pilot)
-    if not target_variance > 0.0:
-        raise ValueError(f"{user}: target_variance must be a positive number, got {target_variance!r}.")
+    check_positive(user, num_runs=num_runs, max_particles=max_particles, num_pilot=num_pilot)
+    if num_runs < 2:
+        raise ValueError(f"{user}: num_runs must be at least 2 for a variance, got {num_runs}.")
+    check_number(user, "(0, inf)", target_variance=target_variance)
+    rng_key = one_key(user, rng_key)
+    args, kwargs = kernel._likelihood.checked(args, kwargs, type(kernel).tune)
     pilot_key, rng_key = random.split(rng_key)
     latents = kernel.target(args, kwargs).latents
     if at is None:

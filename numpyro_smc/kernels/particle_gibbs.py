@@ -16,6 +16,8 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_smc.kernels.conditional_smc import ConditionalSMC
+from numpyro_smc.programs.arguments import check_callable, named
+from numpyro_smc.programs.inputs import check_arrays, check_program
 from numpyro_smc.programs.pinned import Path, path_sites
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.sequence import Program
@@ -87,9 +89,11 @@ class ParticleGibbs(Gibbs):
     ) -> None:
         # Enumeration is for other algorithms: the states of a path are sampled here.
         unmarked = handlers.infer_config(model, config_fn=_unmarked)
-        path_kernel = ConditionalSMC(unmarked, num_particles, **options)
+        with named("ParticleGibbs"):
+            path_kernel = ConditionalSMC(unmarked, num_particles, **options)
         kernel = NUTS if parameter_kernel is None else parameter_kernel
         if not isinstance(kernel, MCMCKernel):
+            check_callable("ParticleGibbs", model=model, parameter_kernel=kernel)
             kernel = kernel(model)
         if getattr(kernel, "model", None) is not model:
             raise ValueError(
@@ -116,6 +120,11 @@ class ParticleGibbs(Gibbs):
         model_kwargs: dict[str, Any] | None = None,
     ) -> GibbsState:
         """Parameters by the parameter kernel's own initialisation, and a path by a filter at these."""
+        check_arrays("ParticleGibbs", (model_args, model_kwargs))
+        path_kernel = self._path_kernel
+        check_program(
+            "ParticleGibbs", self._model, path_kernel._guide, path_kernel.params, model_args, model_kwargs or {}
+        )
         one_key = rng_key if is_prng_key(rng_key) else rng_key[0]
         self._names, parameters = self._read_names(one_key, model_args, model_kwargs or {})
         if not parameters:

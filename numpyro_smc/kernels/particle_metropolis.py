@@ -21,9 +21,10 @@ from numpyro_smc.kernels.correlated_noise import Noise
 from numpyro_smc.kernels.estimated_likelihood import EstimatedLikelihood
 from numpyro_smc.kernels.evidence_variance import EvidenceVariance, tune_num_particles
 from numpyro_smc.kernels.pseudo_marginal import Place, Screen, Target, check_start
-from numpyro_smc.programs.arguments import check_between, check_positive
+from numpyro_smc.programs.arguments import check_between, check_number, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.global_latents import GlobalLatents, Values
+from numpyro_smc.programs.inputs import as_data
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.sequence import Program
@@ -163,8 +164,7 @@ class ParticleMetropolis(MCMCKernel):
         check_positive(user, num_particles=num_particles)
         check_between(user, 0.0, 1.0, "Use 0.0 for independent draws.", correlation=correlation)
         check_between(user, 1e-3, 1.0, target_accept_prob=target_accept_prob)
-        if not step_size > 0.0:
-            raise ValueError(f"{user}: step_size must be a positive number, got {step_size!r}.")
+        check_number(user, "(0, inf)", step_size=step_size)
         if screen is not None and not callable(screen):
             raise ValueError(f"{user}: screen must be a function (params, *args, **kwargs) -> scalar, got {screen!r}.")
         self._likelihood = EstimatedLikelihood(
@@ -214,7 +214,7 @@ class ParticleMetropolis(MCMCKernel):
 
     def target(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Target:
         """What is evaluated at parameters: prior, estimated likelihood, screen."""
-        return Target(self._likelihood, self._screen, args, kwargs or {})
+        return Target(self._likelihood, self._screen, *as_data(self._likelihood.user, (args, kwargs or {})))
 
     # ---- one chain, or several by their keys ------------------------------------------------------------------------
 
@@ -227,7 +227,8 @@ class ParticleMetropolis(MCMCKernel):
         model_kwargs: dict[str, Any] | None = None,
     ) -> ParticleMetropolisState:
         """Chains at ``init_params``, or at draws from the prior at which the evidence is finite."""
-        state = self._compiled_start(rng_key, jnp.asarray(num_warmup), init_params, model_args, model_kwargs or {})
+        program = self._likelihood.checked(model_args, model_kwargs or {})
+        state = self._compiled_start(rng_key, jnp.asarray(num_warmup), init_params, *program)
         if not isinstance(state.potential_energy, jax.core.Tracer):
             check_start(_place(state), init_params is not None, self._likelihood.user)
         return state
@@ -298,7 +299,8 @@ class ParticleMetropolis(MCMCKernel):
     def postprocess_fn(self, model_args: Any, model_kwargs: Any) -> Callable[[Values], Values]:
         """Values in their supports; deterministic sites of parameters alone, or with ``keep_paths`` all of them."""
         # Compiled, because MCMC also asks outside of its loop, once a run.
-        return lambda z: self._compiled_values(z, model_args, model_kwargs or {})
+        program = as_data(self._likelihood.user, (model_args, model_kwargs or {}))
+        return lambda z: self._compiled_values(z, *program)
 
     def get_diagnostics_str(self, state: ParticleMetropolisState) -> str:
         return (

@@ -25,6 +25,7 @@ from numpyro_smc.kernels.smc2_progress import Progress, StepReport, load_progres
 from numpyro_smc.kernels.smc2_result import SMC2Result
 from numpyro_smc.kernels.smc2_stages import Filters, Moves, SMC2State, advance_all, exchange, rejuvenate, start
 from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme, resolve
 from numpyro_smc.programs.sequence import Program
@@ -210,6 +211,8 @@ class SMC2:
         :return: an :class:`SMC2Result`.
         :raises FloatingPointError: naming the step, if no parameter explains its observation.
         """
+        rng_key = one_key("SMC2", rng_key)
+        args, kwargs = self._likelihood.checked(args, kwargs, SMC2, SMC2.run)
         check_file(checkpoint, checkpoint_every)
         if checkpoint is not None and resume and os.path.exists(checkpoint):
             progress = self._load(checkpoint, args, kwargs)
@@ -238,6 +241,7 @@ class SMC2:
         :param args: arguments of the model as for :meth:`run`, with what is known of the series by now.
         :raises ValueError: for a result of other options, and for an ``until`` that it has passed.
         """
+        args, kwargs = self._likelihood.checked(args, kwargs, SMC2, SMC2.resume)
         check_file(checkpoint, checkpoint_every)
         if isinstance(result, SMC2Result):
             check_settings(result.settings, self._settings)
@@ -251,6 +255,7 @@ class SMC2:
 
         :raises ValueError: if the file is of another model or of other options.
         """
+        args, kwargs = self._likelihood.checked(args, kwargs, SMC2.load)
         return SMC2Result(self._load(path, args, kwargs), self._settings, int(self._length(args, kwargs)), False)
 
     def num_compiled(self) -> int:

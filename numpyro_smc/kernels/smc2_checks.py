@@ -9,7 +9,7 @@ import numpy as np
 
 from numpyro_smc.engines.checkpoint import check_folder
 from numpyro_smc.kernels.smc2_stages import PROPOSALS, SMC2State
-from numpyro_smc.programs.arguments import check_between, check_if_given, check_positive
+from numpyro_smc.programs.arguments import check_between, check_if_given, check_number, check_positive
 
 
 def check_options(
@@ -38,11 +38,8 @@ def check_options(
             f"SMC2: max_state_particles={max_state_particles} is below num_state_particles={num_state_particles}. "
             f"Raise it, or use min_acceptance=0.0 for a fixed number."
         )
-    if not 0.0 < threshold <= 1.0:
-        raise ValueError(
-            f"SMC2: parameter_ess_threshold must lie in (0, 1], got {threshold}. It is a fraction of "
-            f"num_parameter_particles."
-        )
+    remedy = "It is a fraction of num_parameter_particles."
+    check_number("SMC2", "(0, 1]", remedy, parameter_ess_threshold=threshold)
     if proposal not in PROPOSALS:
         raise ValueError(f"SMC2: unknown proposal={proposal!r}. Known: {', '.join(map(repr, PROPOSALS))}.")
 

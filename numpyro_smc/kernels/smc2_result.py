@@ -13,6 +13,8 @@ from jax import Array, random
 
 from numpyro_smc.filtering.smoothing.genealogy import draw_final, take
 from numpyro_smc.kernels.smc2_progress import LEVELS, Progress, Summary, last_states
+from numpyro_smc.programs.arguments import check_positive, checked_levels
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.reports.arviz_export import inference_data
 from numpyro_smc.reports.plots import new_axes
@@ -80,9 +82,9 @@ class SMC2Result:
         :return: by site, ``[num_samples, ...]``.
         """
         num_samples = self.num_parameter_particles if num_samples is None else num_samples
-        if num_samples < 1:
-            raise ValueError(f"get_samples: num_samples must be positive, got {num_samples}.")
-        key_order, key_parameters, key_states = random.split(random.key(0) if rng_key is None else rng_key, 3)
+        check_positive("get_samples", num_samples=num_samples)
+        rng_key = random.key(0) if rng_key is None else one_key("get_samples", rng_key)
+        key_order, key_parameters, key_states = random.split(rng_key, 3)
         # Systematic ancestors ascend: shuffled, so that a part of the draws is as good as any other.
         chosen = random.permutation(key_order, systematic(key_parameters, self.log_weights, num_samples))
         draws = {name: value[chosen] for name, value in self.samples.items()}
@@ -106,7 +108,7 @@ class SMC2Result:
         :param q: of the levels that are recorded, 0.05, 0.25, 0.5, 0.75 and 0.95.
         :raises ValueError: for other levels.
         """
-        levels = np.asarray(q, np.float64)
+        levels = checked_levels("quantile", q)
         places = np.abs(levels.reshape(-1, 1) - np.asarray(LEVELS))
         if (places.min(axis=1) > 1e-6).any():
             raise ValueError(f"quantile: q={q!r}; recorded at every step are the levels {LEVELS}.")

@@ -5,6 +5,8 @@ from typing import Any
 
 from numpyro import handlers
 
+from numpyro_smc.programs.arguments import check_callable
+
 
 class Bootstrap:
     """See :func:`bootstrap`."""
@@ -48,4 +50,5 @@ def bootstrap(model: Callable[..., Any]) -> Bootstrap:
         >>> svi = SVI(model, bootstrap(model), numpyro.optim.Adam(0.01), FIVO(num_particles=8))
         >>> result = svi.run(random.key(0), 2, jnp.array([0.3, -0.1]), progress_bar=False)
     """
+    check_callable("bootstrap", model=model)
     return Bootstrap(model)

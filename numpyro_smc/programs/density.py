@@ -18,6 +18,7 @@ from numpyro.distributions import Delta, Distribution
 from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.draws import CloudDraws
+from numpyro_smc.programs.observed_shapes import check_observed_shapes
 from numpyro_smc.programs.pair_independence import FromBase, couplings
 from numpyro_smc.programs.plate_choice import choose_plates, chosen_plates
 from numpyro_smc.programs.sites import (
@@ -177,6 +178,7 @@ class Pair:
         """
         of_guide = [site for site in guide.trace.values() if site["type"] == "sample"]
         of_model = [site for site in model.values() if site["type"] == "sample"]
+        check_observed_shapes(self.user, of_model)
         scales = plate_scales(guide.trace) | plate_scales(model)
         coupled = self.proofs.get(self._programs, {})
         plates = choose_plates(of_model, of_guide, scales, self.plates, self.num_particles, self.user, coupled)

@@ -2,7 +2,6 @@
 
 import warnings
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
@@ -32,8 +31,3 @@ def check_finite(values: Array, pair: Pair, params: Params) -> None:
         f"{'; ' + where if where else ''}. Make the guide's support that of the posterior, and check the data for "
         f"missing values."
     )
-
-
-def as_arrays(params: Params | None) -> Params:
-    """Parameters as arrays, an empty dict for ``None``."""
-    return jax.tree.map(jnp.asarray, params or {})

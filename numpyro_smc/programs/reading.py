@@ -17,6 +17,7 @@ from numpyro_smc.programs.bootstrap import Bootstrap
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import global_latents, read_half
 from numpyro_smc.programs.independence import elements_of_sequence
+from numpyro_smc.programs.observed_shapes import check_observed_shapes
 from numpyro_smc.programs.reading_after_scan import read_after_scan
 from numpyro_smc.programs.replay import look_ahead
 from numpyro_smc.programs.scans import Fixed, Trace, run_prefix
@@ -76,6 +77,8 @@ def read_sequence(
             f"use NumPyro's ELBOs."
         )
     model_half = read_half(bound_model, prefix, scan)
+    check_observed_shapes(user, prefix.values())
+    check_observed_shapes(user, model_half.step_sites.values(), in_step=True)
     if bound_guide is not None and guide_half is None:
         path = path_guide.read_path(guide_trace, model_half.step_sites, scan.length, user)
         model_half.reach |= path_guide.path_parents(bound_guide, guide_trace, path) & model_half.latents

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax, random
 
+from numpyro_smc.programs.arguments import check_number
 from numpyro_smc.programs.resampling import Scheme, available, resolve
 from numpyro_smc.programs.resampling.mixing import log_probabilities
 from numpyro_smc.programs.weights import log_mean_exp, normalise
@@ -59,6 +60,7 @@ def schedule(resample: str | Decision, ess_threshold: float) -> Decision | None:
     :param resample: ``"ess"`` (when the effective sample size is at most ``ess_threshold * N``), ``"always"``,
         ``"never"``, or a function ``(log_weights, t) -> bool``.
     """
+    check_number("resampling", "(0, 1]", "It is a fraction of num_particles.", ess_threshold=ess_threshold)
     if callable(resample):
         return resample
     if resample == "never":
@@ -66,10 +68,6 @@ def schedule(resample: str | Decision, ess_threshold: float) -> Decision | None:
     if resample == "always":
         return lambda log_weights, t: jnp.asarray(True)
     if resample == "ess":
-        if not 0.0 < ess_threshold <= 1.0:
-            raise ValueError(
-                f"ess_threshold must lie in (0, 1], got {ess_threshold}. It is a fraction of num_particles."
-            )
         return lambda log_weights, t: normalise(log_weights)[2] <= ess_threshold * log_weights.shape[0]
     raise ValueError(
         f"Unknown resample={resample!r}. Use 'ess', 'always', 'never', or a function (log_weights, t) -> bool."

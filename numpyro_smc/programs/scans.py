@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, random
 from numpyro import handlers
 from numpyro.contrib.control_flow.scan import scan_wrapper
@@ -252,7 +253,12 @@ def _scan_from_message(msg: dict[str, Any], enclosing: list[Messenger], number: 
         leaves = jax.tree.leaves(xs)
         if not leaves:
             raise ValueError("The scan has neither xs nor length: give scan(..., length=number_of_steps).")
-        length = jnp.shape(leaves[0])[0]
+        if not np.shape(leaves[0]):
+            raise ValueError(
+                f"The scan's xs hold {leaves[0]!r}, which has no axis of time. Give arrays: a list of numbers is "
+                f"jax.numpy.asarray(list)."
+            )
+        length = np.shape(leaves[0])[0]
     if length == 0:
         raise ValueError("The scan has length 0: there is no series to filter. Give at least one step.")
     for leaf in jax.tree.leaves(xs):

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.scipy.special import logsumexp
 
+from numpyro_smc.programs.arguments import check_callable, check_positive
 from numpyro_smc.programs.statements import state
 
 
@@ -70,6 +72,10 @@ def gauss_hermite(log_likelihood: Callable[[Array], Array], loc: Array, scale: A
         >>> bool(abs(value - exact) < 1e-5)
         True
     """
+    check_positive("gauss_hermite", degree=degree)
+    check_callable("gauss_hermite", log_likelihood=log_likelihood)
+    if not isinstance(scale, jax.core.Tracer) and not np.all(np.asarray(scale) >= 0.0):
+        raise ValueError(f"gauss_hermite: scale must not be negative, got {scale}.")
     roots, weights = np.polynomial.hermite.hermgauss(degree)
     loc, scale = jnp.broadcast_arrays(loc, scale)
     column = (degree,) + (1,) * loc.ndim

@@ -27,6 +27,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.density import Pair, is_point
 from numpyro_smc.programs.guide_target import GuideTarget
+from numpyro_smc.programs.observed_shapes import check_observed_shapes
 from numpyro_smc.programs.sites import (
     BatchPlates,
     Site,
@@ -83,6 +84,7 @@ class UnconstrainedModel:
         self.model = handlers.substitute(model, data=dict(params or {}))
         self._sites = trace = self._trace(handlers.seed(FreeOfImproper(self.model), self.rng_key))
         self._check(trace, from_prior=guide is None)
+        check_observed_shapes(user, trace.values())
         self.start: _Prior | GuideTarget
         if guide is None:
             self.start = _Prior(self, trace)

@@ -11,8 +11,10 @@ import numpy as np
 from jax import Array, lax, random
 from numpyro.infer.elbo import ELBO
 
+from numpyro_smc.programs.arguments import check_if_given, check_number, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import log_weights
+from numpyro_smc.programs.inputs import as_data, as_params, check_program, one_key
 from numpyro_smc.programs.weights import effective_sample_size
 from numpyro_smc.reports.plots import new_axes
 
@@ -172,10 +174,30 @@ def gradient_statistics(
 
     1. *Tighter Variational Bounds are Not Necessarily Better*, T. Rainforth et al. (2018)
     """
+    check_positive("gradient_statistics", num_samples=num_samples)
     if num_samples < 2:
         raise ValueError(f"gradient_statistics: num_samples must be at least 2 for a variance, got {num_samples}.")
-    params = {name: jax.tree.map(jnp.asarray, value) for name, value in params.items()}
+    check_if_given("gradient_statistics", batch_size=batch_size)
+    check_number("gradient_statistics", "[0, inf)", min_variance=min_variance)
+    if not isinstance(loss, ELBO):
+        raise TypeError(f"gradient_statistics: loss must be an ELBO, such as IWELBO(num_particles=10), got {loss!r}.")
+    rng_key, params = one_key("gradient_statistics", rng_key), as_params("gradient_statistics", params)
+    args, kwargs = as_data("gradient_statistics", (args, kwargs))
+    if type(loss).__module__.startswith(("numpyro_smc.", "numpyro.")):  # others may have parameters of their own
+        check_program(
+            "gradient_statistics",
+            model,
+            guide,
+            params,
+            args,
+            kwargs,
+            options=(gradient_statistics,),
+            needs_data=False,
+            may_be_nan=True,
+        )
     selected = _select(params, names)
+    if oracle is not None and (missing := [name for name in selected if name not in oracle]):
+        raise ValueError(f"gradient_statistics: oracle has no gradient of {missing}; it has {list(oracle)}.")
     gradients, mean_ess = _compiled(loss, model, guide, selected, batch_size)
     gradient_key, weight_key = random.split(rng_key)
     keys = random.split(gradient_key, num_samples)
@@ -278,7 +300,7 @@ def _select(params: dict[str, Any], names: Names | None) -> tuple[str, ...]:
         selected = tuple(name for name in params if names(name))
     else:
         if unknown := sorted(set(names) - set(params)):
-            raise ValueError(f"gradient_statistics: there is no parameter {unknown}; there are {list(params)}.")
+            raise ValueError(f"gradient_statistics: names has no parameter {unknown}; there are {list(params)}.")
         selected = tuple(name for name in params if name in names)
     if not selected:
         raise ValueError(f"gradient_statistics: names selects none of the parameters {list(params)}.")

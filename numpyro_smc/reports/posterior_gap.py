@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_number, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.density import Pair, log_weights
+from numpyro_smc.programs.inputs import checked_call
 from numpyro_smc.programs.sites import BatchPlates, Site, is_latent
 from numpyro_smc.programs.weights import normalise
 from numpyro_smc.reports.plots import new_axes
@@ -132,7 +133,9 @@ def kl_q_p(
        A. Dittadi, A. Christensen, O. Winther (2020)
     """
     check_positive("kl_q_p", num_particles=num_particles, batch_size=1 if batch_size is None else batch_size)
-    params = jax.tree.map(jnp.asarray, params)
+    rng_key, params, args, kwargs = checked_call(
+        "kl_q_p", rng_key, model, guide, params, args, kwargs, options=(kl_q_p,)
+    )
     return _compiled_gap(model, guide, num_particles, batch_size)(rng_key, params, args, kwargs)
 
 
@@ -277,7 +280,10 @@ def active_units(
     1. *Importance Weighted Autoencoders*, Y. Burda, R. Grosse, R. Salakhutdinov (2016)
     """
     check_positive("active_units", num_samples=num_samples, batch_size=1 if batch_size is None else batch_size)
-    params = jax.tree.map(jnp.asarray, params)
+    rng_key, params, args, kwargs = checked_call(
+        "active_units", rng_key, model, guide, params, args, kwargs, options=(active_units,), needs_data=False
+    )
+    check_number("active_units", "[0, inf)", threshold=threshold)
     variances = _compiled_variances(model, guide, num_samples, batch_size)
     return ActiveUnits(variances(rng_key, params, args, kwargs), float(threshold))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from numpyro_smc.programs.arguments import check_if_given, check_positive
+from numpyro_smc.programs.arguments import check_if_given, check_number, check_positive, named
 from numpyro_smc.programs.resampling import Scheme, resolve
 from numpyro_smc.programs.unconstrained import UnconstrainedModel
 from numpyro_smc.samplers import moves as moves_module
@@ -28,19 +28,18 @@ def check_options(
     persistent: bool,
     tune: Collection[str],
     init_guide: Any,
+    step_size: float | None,
 ) -> None:
     """:raises ValueError: for options that make no sense, naming them."""
     check_positive("SMCSampler", num_particles=num_particles)
     if num_particles < 2:
         raise ValueError(f"SMCSampler: num_particles must be at least 2, got {num_particles}.")
     check_if_given("SMCSampler", num_moves=num_moves, waste_free=waste_free)
-    if not 0.0 < target_ess < 1.0:
-        raise ValueError(
-            f"SMCSampler: target_ess must lie strictly between 0 and 1, got {target_ess}. It is the fraction of "
-            f"num_particles to which the effective sample size may fall at each temperature."
-        )
-    if not 0.0 <= ess_threshold <= 1.0:
-        raise ValueError(f"SMCSampler: ess_threshold must lie in [0, 1], got {ess_threshold}.")
+    remedy = "It is the fraction of num_particles to which the effective sample size may fall at each temperature."
+    check_number("SMCSampler", "(0, 1)", remedy, target_ess=target_ess)
+    check_number("SMCSampler", "[0, 1]", ess_threshold=ess_threshold)
+    if step_size is not None:
+        check_number("SMCSampler", "(0, inf)", step_size=step_size)
     if waste_free is not None:
         if waste_free < 2 or num_particles % waste_free or num_particles == waste_free:
             raise ValueError(
@@ -51,8 +50,7 @@ def check_options(
             raise ValueError("SMCSampler: waste_free=P moves each chain P - 1 times; leave out num_moves.")
         if persistent:
             raise ValueError("SMCSampler: waste_free and persistent are two ways to reuse states; choose one.")
-    unknown = [name for name in ([tune] if isinstance(tune, str) else tune) if name not in _TUNABLE]
-    if unknown or isinstance(tune, str):
+    if isinstance(tune, str) or not isinstance(tune, Collection) or not set(tune) <= set(_TUNABLE):
         raise ValueError(f"SMCSampler: tune must be a tuple of names out of {', '.join(_TUNABLE)}; got {tune!r}.")
     if init_guide is not None and not (
         isinstance(init_guide, tuple)
@@ -85,7 +83,8 @@ def chosen_scheme(resampler: Any, needs_fewer: bool) -> Scheme:
 
     :param needs_fewer: whether it will be asked for fewer offspring than there are particles.
     """
-    scheme = resolve(resampler)
+    with named("SMCSampler"):
+        scheme = resolve(resampler)
     plain = scheme.ancestors is not None and getattr(scheme, "transport", None) is None
     plain = plain and getattr(scheme, "selection", None) is None and getattr(scheme, "keep", None) is None
     if not plain or not scheme.unbiased:

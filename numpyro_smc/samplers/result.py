@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
+from numpyro_smc.programs.arguments import check_number, check_positive, checked_levels
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.reports.arviz_export import inference_data
 from numpyro_smc.reports.plots import new_axes
@@ -129,11 +131,11 @@ class SMCResult:
         :param num_samples: N by default. **rng_key** - of the resampling; ``random.key(0)`` by default.
         """
         num_samples = self.num_particles if num_samples is None else num_samples
-        if num_samples < 1:
-            raise ValueError(f"get_samples: num_samples must be positive, got {num_samples}.")
+        check_positive("get_samples", num_samples=num_samples)
+        rng_key = random.key(0) if rng_key is None else one_key("get_samples", rng_key)
         if num_samples == len(self.log_weights) and bool(jnp.all(self.log_weights == self.log_weights[0])):
             return dict(self.samples)
-        key_order, key_ancestors = random.split(random.key(0) if rng_key is None else rng_key)
+        key_order, key_ancestors = random.split(rng_key)
         ancestors = systematic(key_ancestors, self.log_weights, num_samples)
         # Systematic ancestors ascend: shuffled, so that a part of the draws is as good as any other.
         ancestors = random.permutation(key_order, ancestors)
@@ -175,7 +177,7 @@ class SMCResult:
         flat = values.reshape(len(values), -1)
         order = np.argsort(flat, axis=0)
         cumulative = np.cumsum(weights[order], axis=0)
-        levels = np.asarray(q, np.float64)
+        levels = checked_levels("quantile", q)
         rows = (cumulative[None] < levels.reshape(-1, 1, 1) * cumulative[-1]).sum(axis=1)
         sorted_values = np.take_along_axis(flat, order, axis=0)
         chosen = np.take_along_axis(sorted_values, np.minimum(rows, len(flat) - 1), axis=0)
@@ -222,6 +224,7 @@ class SMCResult:
 
         :param prob: probability of the interval.
         """
+        check_number("print_summary", "(0, 1)", prob=prob)
         tail = (1.0 - prob) / 2.0
         header = ["", "mean", "std", "median", f"{100 * tail:.1f}%", f"{100 * (1 - tail):.1f}%"]
         rows = []

@@ -13,6 +13,7 @@ from numpyro.infer.mcmc import MCMCKernel
 from numpyro.util import is_prng_key
 
 from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.inputs import as_data, as_params, check_program
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.programs.unconstrained import Program
 from numpyro_smc.samplers.genealogy import log_scale_error
@@ -148,6 +149,7 @@ class SMCKernel(MCMCKernel):
             self._sampler = SMCSampler(self._model, num_particles, **self._options)
         temper_key, stand_key, run_key = random.split(rng_key[0], 3)
         program = self._program(model_args, model_kwargs)
+        check_program("SMCKernel", self._model, self._sampler.guide, *program, options=(SMCSampler,), needs_data=False)
         progress, interrupted = self._sampler._carry(temper_key, program, self._progress_bar)
         if interrupted:
             raise KeyboardInterrupt
@@ -203,7 +205,8 @@ class SMCKernel(MCMCKernel):
         )
 
     def _program(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> tuple[Any, ...]:
-        return jax.tree.map(jnp.asarray, dict(self._sampler.guide_params)), args, kwargs or {}
+        params = as_params("SMCKernel", self._sampler.guide_params)
+        return params, *as_data("SMCKernel", (args, kwargs or {}))
 
     def _standing(self, rng_key: Array, state: Any, *program: Any) -> tuple[dict[str, Array], Array]:
         """Equally weighted particles by site, and their scale."""

@@ -14,8 +14,9 @@ from jax import Array
 from tqdm import tqdm
 
 from numpyro_smc.engines.checkpoint import check_folder
-from numpyro_smc.programs.arguments import check_if_given, check_positive
+from numpyro_smc.programs.arguments import check_callable, check_if_given, check_positive
 from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.inputs import Call, as_data, as_params, check_program, checked_call, one_key
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.unconstrained import Program, Split, UnconstrainedModel
 from numpyro_smc.samplers import persistent as pooling
@@ -142,7 +143,10 @@ class SMCSampler:
         batch_size: int | None = None,
         max_stages: int = 1000,
     ) -> None:
-        check_options(num_particles, num_moves, target_ess, ess_threshold, waste_free, persistent, tune, init_guide)
+        check_callable("SMCSampler", model=model)
+        check_options(
+            num_particles, num_moves, target_ess, ess_threshold, waste_free, persistent, tune, init_guide, step_size
+        )
         check_positive("SMCSampler", max_stages=max_stages)
         check_if_given("SMCSampler", batch_size=batch_size)
         self.model = model
@@ -215,7 +219,8 @@ class SMCSampler:
         """
         check_folder("SMCSampler", checkpoint)
         check_positive("SMCSampler", checkpoint_every=checkpoint_every)
-        program = (jax.tree.map(jnp.asarray, {**self.guide_params, **(params or {})}), args, kwargs)
+        rng_key, *rest = self._checked(rng_key, params, args, kwargs, SMCSampler.run)
+        program = tuple(rest)
         progress, interrupted = self._carry(rng_key, program, progress_bar, checkpoint, checkpoint_every, resume=resume)
         return self._result(progress, program, interrupted)
 
@@ -242,8 +247,17 @@ class SMCSampler:
         """
         if self.persistent:
             raise ValueError("SMCSampler.run_many: persistent=True keeps pools that grow; use run for each problem.")
-        params = jax.tree.map(jnp.asarray, {**self.guide_params, **(params or {})})
+        rng_key = one_key("SMCSampler.run_many", rng_key)
+        args, kwargs = as_data("SMCSampler.run_many", (args, kwargs))
+        params = as_params("SMCSampler.run_many", {**self.guide_params, **(params or {})})
         return self._batch.run(rng_key, params, (args, kwargs), progress_bar)
+
+    def _checked(self, rng_key: Any, params: Any, args: Any, kwargs: Any, *methods: Callable[..., Any]) -> Call:
+        params = self.guide_params | as_params("SMCSampler", params)
+        options = (SMCSampler, *methods)
+        return checked_call(
+            "SMCSampler", rng_key, self.model, self.guide, params, args, kwargs, options=options, needs_data=False
+        )
 
     def _carry(
         self,
@@ -263,6 +277,7 @@ class SMCSampler:
             progress = saved = progress.load(checkpoint, self._description)
         else:
             self._check_start(split, state, program)
+            check_program("SMCSampler", self.model, self.guide, *program)  # something is observed
         interrupted, limit = False, 1
         with tqdm(total=1.0, bar_format=BAR_FORMAT, disable=not progress_bar) as bar:
             try:

@@ -14,7 +14,8 @@ from jax import Array, lax, random
 from numpyro.diagnostics import effective_sample_size
 from numpyro.infer.mcmc import MCMCKernel
 
-from numpyro_smc.programs.arguments import check_between, check_positive
+from numpyro_smc.programs.arguments import check_between, check_if_given, check_not_negative, check_positive
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.reports.uniformity import Uniformity, levels_of_ranks
 from numpyro_smc.verify.joint_model import Draw, JointModel, Program, Values, names_of_elements, raveled
 from numpyro_smc.verify.placement import KernelOf, PlacedKernel
@@ -121,6 +122,9 @@ def sbc(
     1. *Validating Bayesian Inference Algorithms with Simulation-Based Calibration*, S. Talts et al. (2018)
     2. *Simulation-Based Calibration Checking for Bayesian Computation*, M. Modrák et al. (2023)
     """
+    check_if_given("sbc", batch_size=batch_size)
+    check_not_negative("sbc", num_warmup=num_warmup)
+    rng_key = one_key("sbc", rng_key)
     check_positive("sbc", num_simulations=num_simulations, num_draws=num_draws, thinning=thinning)
     check_between("sbc", 0.0, 1.0, level=level)
     joint = JointModel(model, args, kwargs, observed, user="sbc")

@@ -15,7 +15,8 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from numpyro_smc.programs.arguments import check_between, check_positive
+from numpyro_smc.programs.arguments import check_between, check_callable, check_if_given, check_positive
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.pareto import LARGE_PARETO_K, pareto_k
 from numpyro_smc.programs.simulator import element_names
 from numpyro_smc.reports.plots import new_axes
@@ -187,6 +188,9 @@ def check_gradient(
 
     1. *Monte Carlo Gradient Estimation in Machine Learning*, S. Mohamed et al. (2020)
     """
+    check_if_given("check_gradient", batch_size=batch_size)
+    check_callable("check_gradient", value=value)
+    rng_key = one_key("check_gradient", rng_key)
     check_positive("check_gradient", num_replicates=num_replicates)
     if num_replicates < _FEWEST:
         raise ValueError(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax, random
 
-from numpyro_smc.programs.arguments import check_between, check_positive
+from numpyro_smc.programs.arguments import check_between, check_if_given, check_positive
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.reports.uniformity import Uniformity, levels_of_ranks
 from numpyro_smc.verify.joint_model import Draw, JointModel, Program, Values, names_of_elements, raveled
 from numpyro_smc.verify.placement import KernelOf, PlacedKernel
@@ -94,6 +95,8 @@ def geweke(
     1. *Getting It Right: Joint Distribution Tests of Posterior Simulators*, J. Geweke (2004)
     2. *Unit Testing for MCMC and other Monte Carlo Methods*, A. Gandy, J. Scott (2020)
     """
+    check_if_given("geweke", batch_size=batch_size)
+    rng_key = one_key("geweke", rng_key)
     check_positive("geweke", num_replicates=num_replicates, num_steps=num_steps, num_fresh=num_fresh)
     check_between("geweke", 0.0, 1.0, level=level)
     joint = JointModel(model, args, kwargs, observed, user="geweke")

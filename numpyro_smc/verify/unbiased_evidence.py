@@ -12,7 +12,8 @@ import numpy as np
 from jax import Array, random
 from jax.typing import ArrayLike
 
-from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.arguments import check_callable, check_if_given, check_number, check_positive
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.pareto import LARGE_PARETO_K, pareto_k
 from numpyro_smc.reports.plots import new_axes
 from numpyro_smc.reports.tables import write_csv
@@ -192,6 +193,14 @@ def check_unbiased_evidence(
     1. *Feynman-Kac Formulae*, P. Del Moral (2004)
     2. *Pareto Smoothed Importance Sampling*, A. Vehtari, D. Simpson, A. Gelman, Y. Yao, J. Gabry (2024)
     """
+    check_if_given("check_unbiased_evidence", batch_size=batch_size)
+    check_number("check_unbiased_evidence", "(0, inf)", num_standard_errors=num_standard_errors)
+    rng_key = one_key("check_unbiased_evidence", rng_key)
+    for name, given in (("estimator", estimator), ("reference", reference)):
+        if given is not None:
+            check_callable("check_unbiased_evidence", **{name: getattr(given, "log_evidence", given)})
+    if exact is not None and not (np.asarray(exact).dtype.kind in "iuf" and np.isfinite(exact).all()):
+        raise ValueError(f"check_unbiased_evidence: exact must be finite, the log evidence, got {exact!r}.")
     check_positive("check_unbiased_evidence", num_replicates=num_replicates)
     if num_replicates < _FEWEST:
         raise ValueError(

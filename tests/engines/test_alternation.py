@@ -324,8 +324,8 @@ def test_only_parameters_with_the_prefix_is_an_error():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_steps": 0}, "num_steps must be at least 1"),
-        ({"num_twist_steps": 0}, "num_twist_steps must be at least 1"),
+        ({"num_steps": 0}, "alternating: num_steps must be a positive integer"),
+        ({"num_twist_steps": 0}, "alternating: num_twist_steps must be a positive integer"),
         ({"twist_prefix": ""}, "twist_prefix is empty"),
         ({"optim": 0.1}, "optim must be an optimiser"),
         ({"twist_optim": numpyro.optim.Minimize()}, "twist_optim is a Minimize"),

@@ -82,7 +82,7 @@ def test_forecasts_are_those_of_the_kalman_filter(result):
         mean, variance = 0.9 * mean, 0.81 * variance + 0.36
         np.testing.assert_allclose(draws["x"][:, t].mean(), mean, atol=0.09)
         np.testing.assert_allclose(draws["y"][:, t].std(), np.sqrt(variance + 1.0), atol=0.08)
-    with pytest.raises(ValueError, match="steps and num_samples must be positive"):
+    with pytest.raises(ValueError, match="forecast: steps must be a positive integer, got 0"):
         result.forecast(random.key(0), 0)
 
 

@@ -179,9 +179,12 @@ def test_what_speaks_against_the_numbers_is_said(gap):
 def test_what_it_cannot_do_is_refused_by_name():
     model, guide = PROGRAMS
 
+    of_model = {name: PARAMS[name] for name in ("W", "b", "sigma")}
+
     def refused(match, *programs, x=X, **options):
+        params = PARAMS if programs[1] is guide else of_model
         with pytest.raises(ValueError, match=match):
-            inference_gap(random.key(0), *programs, PARAMS, x, **options)
+            inference_gap(random.key(0), *programs, params, x, **options)
 
     def misnamed(x):
         with numpyro.plate("data", len(x)):

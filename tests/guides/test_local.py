@@ -296,7 +296,7 @@ def test_what_it_cannot_do_is_refused_by_name():
         ({"init": "prior"}, "init must be 'encoder', 'zeros'"),
         ({"init": 0}, "init must be a positive integer"),
         ({"init": ()}, "must not be empty"),
-        ({"learning_rate": (1e-2, -1.0)}, "learning_rate must be"),
+        ({"learning_rate": (1e-2, -1.0)}, r"learning_rate must lie in \(0, 1e3\), got -1.0"),
         ({"num_mc": 0}, "num_mc must be a positive integer"),
     ],
 )

@@ -351,7 +351,7 @@ def test_tuning_ends_where_more_particles_are_not_allowed():
         ({"num_particles": 0}, "num_particles must be a positive integer"),
         ({"correlation": 1.0}, r"correlation must be a number in \[0, 1\)"),
         ({"target_accept_prob": 1.5}, "target_accept_prob must be a number"),
-        ({"step_size": 0.0}, "step_size must be a positive number"),
+        ({"step_size": 0.0}, "step_size must be positive, got 0.0"),
         ({"screen": 3.0}, "screen must be a function"),
         ({"resampler": "optimal_transport"}, "'optimal_transport' is not known to be unbiased"),
         ({"resampler": "nosuch"}, "Unknown resampler 'nosuch'"),

@@ -80,7 +80,7 @@ def test_the_registry_knows_them_and_what_may_be_relied_on():
         (lambda: resampling.optimal_transport(0.0), "optimal_transport: epsilon must be positive, got 0.0"),
         (lambda: resampling.optimal_transport(num_iterations=0), "num_iterations must be a positive integer, got 0"),
         (lambda: resampling.diffusion(num_steps=2.5), "diffusion: num_steps must be a positive integer, got 2.5"),
-        (lambda: resampling.diffusion(jitter=0.0), "must be positive, got time=1.0, rate=0.5, jitter=0.0"),
+        (lambda: resampling.diffusion(jitter=0.0), "diffusion: jitter must be positive, got 0.0"),
         (lambda: resampling.diffusion(integrator="heun"), "unknown integrator='heun'. Known: euler, lord_rougemont"),
         (lambda: resampling.diffusion(dynamics="pde"), "unknown dynamics='pde'. Use 'ode' or 'sde'"),
         (lambda: resampling.bernoulli("foo"), "Unknown resampler 'foo'. Known: bernoulli, diffusion"),

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import Array, random
 
 from numpyro_smc.filtering.smoothing.kernel import BackwardKernel, Step, check_markov
-from numpyro_smc.filtering.smoothing.methods import backward_draw, check_num_draws
+from numpyro_smc.filtering.smoothing.methods import BACKWARD_DRAWS, backward_draw, check_num_draws
 from numpyro_smc.filtering.smoothing.pairs import Functional, weighted_sum
 from numpyro_smc.filtering.smoothing.paris import carry_forward, zero_statistic
 from numpyro_smc.filtering.smoothing.runs import check_bound
 from numpyro_smc.filtering.streaming import FilterState, take_step
+from numpyro_smc.programs.arguments import check_callable, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.sequence import Sequence
 
@@ -99,6 +100,13 @@ class OnlineSmoother:
         batch_size: int = 100,
     ) -> None:
         check_num_draws("OnlineSmoother", num_backward_draws)
+        check_positive("OnlineSmoother", num_mcmc_steps=num_mcmc_steps, max_trials=max_trials, batch_size=batch_size)
+        check_callable("OnlineSmoother", functional=functional)
+        if not hasattr(particle_filter, "scheme"):
+            raise TypeError(f"OnlineSmoother: particle_filter must be a ParticleFilter, got {particle_filter!r}.")
+        if backward not in BACKWARD_DRAWS:
+            known = ", ".join(map(repr, BACKWARD_DRAWS))
+            raise ValueError(f"OnlineSmoother: unknown backward={backward!r}. Use one of {known}.")
         if backward == "mcmc" and particle_filter.scheme is not None and particle_filter.scheme.mixes:
             raise ValueError(
                 f"OnlineSmoother: resampler '{particle_filter.scheme.name}' mixes particles, which then have no "

@@ -15,6 +15,7 @@ from numpyro_smc.filtering.smoothing.methods import NEED_GENEALOGY, backward_dra
 from numpyro_smc.filtering.smoothing.pairs import Functional
 from numpyro_smc.filtering.smoothing.runs import check_bound, expectation_of, repeat, summarise
 from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.replay import along_paths
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class Smoothing:
         3. *On backward smoothing algorithms*, H.-D. Dau, N. Chopin (2023)
         """
         self._need_history("sample_posterior")
-        if num_samples < 1:
-            raise ValueError(f"sample_posterior: num_samples must be positive, got {num_samples}.")
+        check_positive("sample_posterior", num_samples=num_samples)
+        rng_key = one_key("sample_posterior", rng_key)
         if method in ("genealogy", "backward_mcmc"):
             self._need_genealogy(f"sample_posterior(method={method!r})")
         if method == "genealogy":
@@ -173,7 +174,7 @@ class Smoothing:
         if isinstance(functional, str) and functional not in known[0] | known[1]:
             raise KeyError(f"No site '{functional}' in this filter. Known: {', '.join(sorted(known[0] | known[1]))}.")
 
-        key = random.fold_in(self.rng_key, 1) if rng_key is None else rng_key
+        key = random.fold_in(self.rng_key, 1) if rng_key is None else one_key("smooth", rng_key)
         asked = (functional, additive, self.rng_key, key, self.program, num_repeats, method, options)
         answers = self.filter._compiled_answer(_smooth, *asked)
         what = functional if isinstance(functional, str) else getattr(functional, "__name__", "functional")
@@ -238,7 +239,7 @@ class Smoothing:
         self._check_method(method, options, "score")
         names = scores.chosen_names(self.program[0], sites)
 
-        key = random.fold_in(self.rng_key, 2) if rng_key is None else rng_key
+        key = random.fold_in(self.rng_key, 2) if rng_key is None else one_key("score", rng_key)
         asked = (names, self.rng_key, key, self.program, num_repeats, method, options)
         answers = self.filter._compiled_answer(_score, *asked)
         return summarise("score", answers, "score", method, self.filter.num_particles, False)

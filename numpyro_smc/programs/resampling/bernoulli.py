@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
+from numpyro_smc.programs.arguments import named
 from numpyro_smc.programs.resampling.registry import Scheme, resolve
 from numpyro_smc.programs.weights import effective_sample_size
 
@@ -26,7 +27,8 @@ def bernoulli(inner: str | Scheme = "multinomial") -> Scheme:
 
     1. *Resampling Gradients Vanish in Differentiable Sequential Monte Carlo Samplers*, J. Zenn, R. Bamler (2023)
     """
-    scheme = resolve(inner)
+    with named("bernoulli: inner"):
+        scheme = resolve(inner)
     if scheme.keep is not None:
         raise ValueError(f"bernoulli: '{scheme.name}' already keeps clouds at random. Give the scheme that resamples.")
     name = "bernoulli" if scheme.name == "multinomial" else f"bernoulli({scheme.name})"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from numpyro_smc.programs.arguments import check_number, check_positive
 from numpyro_smc.programs.resampling.mixing import as_matrix, log_probabilities, squared_distances
 from numpyro_smc.programs.resampling.registry import Scheme
 
@@ -63,12 +64,8 @@ def diffusion(
         raise ValueError(f"diffusion: unknown integrator={integrator!r}. Known: {', '.join(INTEGRATORS)}.")
     if dynamics not in ("ode", "sde"):
         raise ValueError(f"diffusion: unknown dynamics={dynamics!r}. Use 'ode' or 'sde'.")
-    if num_steps < 1 or int(num_steps) != num_steps:
-        raise ValueError(f"diffusion: num_steps must be a positive integer, got {num_steps}.")
-    if not min(time, rate, jitter) > 0.0:
-        raise ValueError(
-            f"diffusion: time, rate and jitter must be positive, got time={time}, rate={rate}, jitter={jitter}."
-        )
+    check_positive("diffusion", num_steps=num_steps)
+    check_number("diffusion", "(0, inf)", time=time, rate=rate, jitter=jitter)
     step = rate * time / num_steps  # rh, the only scale there is
     noisy = dynamics == "sde"
     growth, drift, spread = {

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from numpyro_smc.programs.arguments import check_number
 from numpyro_smc.programs.resampling.multinomial import multinomial
 from numpyro_smc.programs.resampling.registry import Scheme
 
@@ -36,10 +37,8 @@ def gapped_straight_through(temperature: float = 0.1, gap: float = 1.0) -> Schem
 
     1. *Training Discrete Deep Generative Models via Gapped Straight-Through Estimator*, T.-H. Fan et al. (2022)
     """
-    if not temperature > 0.0:
-        raise ValueError(f"gapped_straight_through: temperature must be positive, got {temperature}.")
-    if not gap >= 0.0:
-        raise ValueError(f"gapped_straight_through: gap must not be negative, got {gap}.")
+    check_number("gapped_straight_through", "(0, inf)", temperature=temperature)
+    check_number("gapped_straight_through", "[0, inf)", gap=gap)
 
     def transport(rng_key: Array, log_weights: Array, particles: Any) -> tuple[Any, Array]:
         size = log_weights.shape[0]

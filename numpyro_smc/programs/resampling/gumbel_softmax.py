@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from numpyro_smc.programs.arguments import check_number
 from numpyro_smc.programs.resampling.mixing import as_matrix, log_probabilities
 from numpyro_smc.programs.resampling.registry import Scheme
 
@@ -28,10 +29,7 @@ def gumbel_softmax(temperature: float = 0.3) -> Scheme:
 
     1. *Categorical Reparameterization with Gumbel-Softmax*, E. Jang, S. Gu, B. Poole (2017)
     """
-    if not temperature > 0.0:
-        raise ValueError(
-            f"gumbel_softmax: temperature must be positive, got {temperature}. For exact copies use 'multinomial'."
-        )
+    check_number("gumbel_softmax", "(0, inf)", temperature=temperature)
 
     def transport(rng_key: Array, log_weights: Array, particles: Any) -> tuple[Any, Array]:
         states, rebuild = as_matrix("gumbel_softmax", log_weights, particles)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from numpyro_smc.programs.arguments import check_number, check_positive
 from numpyro_smc.programs.resampling.mixing import as_matrix, log_probabilities, squared_distances
 from numpyro_smc.programs.resampling.registry import Scheme
 
@@ -38,10 +39,8 @@ def optimal_transport(epsilon: float = 0.1, num_iterations: int = 50) -> Scheme:
     1. *Differentiable Particle Filtering via Entropy-Regularized Optimal Transport*, A. Corenflos, J. Thornton,
        G. Deligiannidis, A. Doucet (2021)
     """
-    if not epsilon > 0.0:
-        raise ValueError(f"optimal_transport: epsilon must be positive, got {epsilon}.")
-    if num_iterations < 1 or int(num_iterations) != num_iterations:
-        raise ValueError(f"optimal_transport: num_iterations must be a positive integer, got {num_iterations}.")
+    check_number("optimal_transport", "(0, inf)", epsilon=epsilon)
+    check_positive("optimal_transport", num_iterations=num_iterations)
 
     def transport(rng_key: Array, log_weights: Array, particles: Any) -> tuple[Any, Array]:
         del rng_key

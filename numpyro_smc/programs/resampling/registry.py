@@ -79,6 +79,8 @@ def register(scheme: Scheme) -> Scheme:
     :return: the scheme.
     :raises ValueError: if another scheme has that name.
     """
+    if not isinstance(scheme, Scheme):
+        raise TypeError(f"register: scheme must be a Scheme, got {scheme!r}. Make one: Scheme(name, ancestors).")
     if _SCHEMES.setdefault(scheme.name, scheme) != scheme:
         raise ValueError(f"Resampler '{scheme.name}' is already registered, as another scheme. Choose another name.")
     return scheme

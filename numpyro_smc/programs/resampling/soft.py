@@ -6,6 +6,7 @@ from functools import partial
 import jax.numpy as jnp
 from jax import Array
 
+from numpyro_smc.programs.arguments import check_number
 from numpyro_smc.programs.resampling.mixing import log_probabilities
 from numpyro_smc.programs.resampling.multinomial import log_prob, multinomial
 from numpyro_smc.programs.resampling.registry import Scheme
@@ -31,8 +32,7 @@ def soft(alpha: float = 0.5) -> Scheme:
 
     1. *Particle Filter Networks with Application to Visual Localization*, P. Karkus, D. Hsu, W. S. Lee (2018)
     """
-    if not 0.0 < alpha <= 1.0:
-        raise ValueError(f"soft: alpha must lie in (0, 1], got {alpha}. It is the share of the weights in the mixture.")
+    check_number("soft", "(0, 1]", "It is the share of the weights in the mixture.", alpha=alpha)
     selection = partial(log_selection, alpha=float(alpha))
 
     def ancestors(rng_key: Array, log_weights: Array, num_samples: int) -> Array:
