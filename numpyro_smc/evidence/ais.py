@@ -18,7 +18,7 @@ from numpyro_smc.evidence.rows import batches, check_densities, check_plates, cu
 from numpyro_smc.programs.arguments import check_between, check_callable, check_plate_names, check_positive
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
-from numpyro_smc.programs.density import Pair, Params, Program
+from numpyro_smc.programs.density import Pair, Params, Program, check_masked
 from numpyro_smc.programs.guide_target import GuideTarget, State
 from numpyro_smc.programs.inputs import checked_call
 from numpyro_smc.programs.nonfinite import check_finite
@@ -158,6 +158,9 @@ class AIS:
         chains = self.both_ways(run_key, problem)
         log_weights = chains.forward.log_weights
         value, error, ess = log_mean_and_error(log_weights)
+        target = self._abstract_target(problem)
+        if target.masked:
+            check_masked(self.pair(problem), problem.params)
         check_finite(value, self.pair(problem), problem.params)
         self._warn_of_small_steps(chains)
         return Evidence(
@@ -166,11 +169,12 @@ class AIS:
             value,
             error,
             ess,
-            self.plates_of(problem),
+            target.plates,
             jnp.mean(log_weights, axis=0),
             acceptance=chains.forward.acceptance,
             step_sizes=chains.step_sizes,
             betas=chains.betas,
+            narrow=target.narrow,
         )
 
     def both_ways(self, rng_key: Array, problem: Problem, exact: State | None = None) -> BothWays:
@@ -203,10 +207,12 @@ class AIS:
 
     def plates_of(self, problem: Problem) -> BatchPlates:
         """The enclosing plates."""
+        return self._abstract_target(problem).plates
+
+    def _abstract_target(self, problem: Problem) -> GuideTarget:
+        """The target without arrays: what is said of its programs."""
         found = []
-        jax.eval_shape(
-            lambda params: found.append(self._target(problem._replace(params=params)).plates), problem.params
-        )
+        jax.eval_shape(lambda params: found.append(self._target(problem._replace(params=params))), problem.params)
         return found[0]
 
     def _in_chain_batches(self, rng_key: Array, problem: Problem, exact: State | None) -> BothWays:

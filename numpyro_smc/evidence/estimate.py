@@ -52,6 +52,7 @@ class Evidence:
       average, by about **shortfall**.
     - **pareto_k** - tail shape of the weights, of importance sampling; **acceptance**, **step_sizes**, **betas** - by
       temperature and element, of annealing; **certificate** - gap of the same chains on simulated data.
+    - **narrow** - sites where the guide's support is known to be smaller than the model's.
     - **verdict** - whether to trust it, in words; **concerns** - what speaks against it.
     """
 
@@ -68,6 +69,7 @@ class Evidence:
     betas: Array | None = None
     certificate: Any = field(default=None)
     bound: str = "lower"
+    narrow: frozenset[str] = frozenset()
 
     @property
     def value(self) -> float:
@@ -108,6 +110,12 @@ class Evidence:
     def verdict(self) -> str:
         if self.num_samples < 2:
             return "No error can be stated from a single weight: use more."
+        if self.narrow:
+            sites = ", ".join(f"'{name}'" for name in sorted(self.narrow))
+            return (
+                f"Not to be trusted: the guide's support of site {sites} is smaller than the model's, so that what the "
+                f"posterior has outside is missing from the value. Use a guide with the model's support."
+            )
         concerns = "; ".join(self.concerns)
         remedies = {"importance": "a better guide, or annealing", "smc": "more particles or moves"}
         remedy = remedies.get(self.method, "more temperatures or chains, or a start from a fitted guide")

@@ -14,7 +14,7 @@ from numpyro_smc.evidence.estimate import Evidence, log_mean_and_error
 from numpyro_smc.programs.arguments import check_if_given, check_plate_names, check_positive
 from numpyro_smc.programs.bootstrap import bootstrap
 from numpyro_smc.programs.compiled import Compiled
-from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, log_weights
+from numpyro_smc.programs.density import LogWeights, Pair, Params, Program, check_masked, log_weights
 from numpyro_smc.programs.inputs import checked_call
 from numpyro_smc.programs.nonfinite import check_finite
 from numpyro_smc.programs.pareto import LARGE_PARETO_K, pareto_k
@@ -84,7 +84,10 @@ def importance(
     found = _compiled(model, guide, num_samples, batch_size, chosen)(rng_key, params, args, kwargs)
     value, error, ess = log_mean_and_error(found.values)
     proposal = bootstrap(model) if guide is None else guide
-    check_finite(value, Pair(model, proposal, args, kwargs, random.split(rng_key)[0], plates, "importance"), params)
+    pair = Pair(model, proposal, args, kwargs, random.split(rng_key)[0], plates, "importance")
+    if found.masked:
+        check_masked(pair, params)
+    check_finite(value, pair, params)
     k = pareto_k(found.values)
     mean = jnp.mean(found.values, axis=0)
     heavy = int(np.sum(k > LARGE_PARETO_K))
@@ -95,7 +98,9 @@ def importance(
             f"wider or better fitted guide, or AIS.",
             stacklevel=find_stack_level(),
         )
-    return Evidence("importance", num_samples, value, error, ess, found.plates, mean, pareto_k=jnp.asarray(k))
+    return Evidence(
+        "importance", num_samples, value, error, ess, found.plates, mean, pareto_k=jnp.asarray(k), narrow=found.narrow
+    )
 
 
 @lru_cache(maxsize=32)

@@ -20,6 +20,7 @@ from numpyro_smc.evidence.estimate import Evidence, log_mean_and_error
 from numpyro_smc.programs.arguments import check_callable, check_positive, named
 from numpyro_smc.programs.density import Params, Program
 from numpyro_smc.programs.sites import Site, in_control_flow, is_latent, plate_scales
+from numpyro_smc.programs.supports import Supported
 from numpyro_smc.reports.annealing import AnnealingDiagnostics
 
 
@@ -112,7 +113,7 @@ class AutoDSMCS(AutoGuide):
         with handlers.block():
             run_key, path = self.sampler.path(path_key, params, self.model, self.base, args, kwargs)
             drawn, log_evidence = draw(run_key, path, self.sampler, remat=self.sampler.remat)
-            seeded = handlers.seed(self.model, model_key)
+            seeded = handlers.seed(Supported(self.model), model_key)
             log_joint, sites = log_density(seeded, args, kwargs, {**params, **drawn})
         self._check(sites)
         values = self._emit(sites)

@@ -21,6 +21,8 @@ from numpyro_smc.programs.inputs import check_arrays, check_program
 from numpyro_smc.programs.pinned import Path, path_sites
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.sequence import Program
+from numpyro_smc.programs.supports import Supported, log_prob
+from numpyro_smc.programs.unconstrained import FreeOfImproper, is_improper
 
 
 class ParticleGibbs(Gibbs):
@@ -88,7 +90,7 @@ class ParticleGibbs(Gibbs):
         **options: Any,
     ) -> None:
         # Enumeration is for other algorithms: the states of a path are sampled here.
-        unmarked = handlers.infer_config(model, config_fn=_unmarked)
+        unmarked = Supported(handlers.infer_config(model, config_fn=_unmarked))
         with named("ParticleGibbs"):
             path_kernel = ConditionalSMC(unmarked, num_particles, **options)
         kernel = NUTS if parameter_kernel is None else parameter_kernel
@@ -156,7 +158,15 @@ class ParticleGibbs(Gibbs):
         """A path by a filter at parameters of the prior, or at those that are given."""
         read_key, path_key = random.split(rng_key)
         model, given = self._path_kernel.model, self._path_kernel.params
-        sequence = read_sequence(read_key, model, None, given, args, kwargs, user="ParticleGibbs", given_globals=False)
+        free = FreeOfImproper(model)
+        sequence = read_sequence(read_key, free, None, given, args, kwargs, user="ParticleGibbs", given_globals=False)
+        for name in sequence.global_values.keys() - params.keys() - given.keys():
+            if is_improper(sequence.model.prefix[name]):
+                raise ValueError(
+                    f"ParticleGibbs: the prior of site '{name}' is improper (ImproperUniform, or masked), so no value "
+                    f"can be drawn from it to start from. Give it a proper prior, or a start: "
+                    f"init_params={{'{name}': ...}}, unconstrained."
+                )
         values = {name: value for name, value in sequence.global_values.items() if name not in given}
         for name in params.keys() & values.keys():
             is_unconstrained = isinstance(self._kernels[1], HMC)
@@ -177,7 +187,7 @@ class ParticleGibbs(Gibbs):
         def read(rng_key: Array) -> Array:
             model, params = self._path_kernel.model, self._path_kernel.params
             sequence = read_sequence(
-                rng_key, model, None, params, args, kwargs, user="ParticleGibbs", given_globals=False
+                rng_key, FreeOfImproper(model), None, params, args, kwargs, user="ParticleGibbs", given_globals=False
             )
             initial, steps = path_sites(sequence)
             names.append(((*initial, *steps), tuple(n for n in sequence.global_values if n not in params)))
@@ -230,7 +240,7 @@ class ParticleGibbs(Gibbs):
         def log_densities(z: Any) -> dict[str, Array]:
             given = handlers.substitute(handlers.seed(self._model, random.key(0)), data=constrain(z))
             trace = handlers.trace(given).get_trace(*args, **kwargs)
-            return {name: jnp.sum(s["fn"].log_prob(s["value"])) for name, s in trace.items() if s["type"] == "sample"}
+            return {name: jnp.sum(log_prob(s["fn"], s["value"])) for name, s in trace.items() if s["type"] == "sample"}
 
         each = log_densities if is_prng_key(state.rng_key) else jax.vmap(log_densities)
         for name, value in each(state.z).items():

@@ -18,6 +18,7 @@ from numpyro.distributions import Delta, Distribution
 from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.draws import CloudDraws
+from numpyro_smc.programs.masked_latents import check_weighed, is_masked, unmasked, with_proper_dummies
 from numpyro_smc.programs.observed_shapes import check_observed_shapes
 from numpyro_smc.programs.pair_independence import FromBase, couplings
 from numpyro_smc.programs.plate_choice import choose_plates, chosen_plates
@@ -32,6 +33,7 @@ from numpyro_smc.programs.sites import (
     remaining_scale,
     unscaled_log_density,
 )
+from numpyro_smc.programs.supports import is_narrower
 
 Program = Callable[..., Any]
 Params = dict[str, Any]
@@ -52,7 +54,8 @@ class Densities:
     - **statements** - values that the guide states for particular losses, by name; **mutable** - the new values of
       ``numpyro.mutable`` sites.
     - **plates** - the enclosing plates; **unscaled** - sites of ``score`` whose ``log_q`` is the same;
-      **shared_params** - parameters of both programs.
+      **shared_params** - parameters of both programs; **narrow** - sites where the guide's support is known to be
+      smaller than the model's; **masked** - latents that the guide draws under a mask.
     """
 
     log_likelihood: Array
@@ -64,6 +67,8 @@ class Densities:
     plates: BatchPlates = field(metadata={"static": True})
     unscaled: frozenset[str] = field(default=frozenset(), metadata={"static": True})
     shared_params: frozenset[str] = field(default=frozenset(), metadata={"static": True})
+    narrow: frozenset[str] = field(default=frozenset(), metadata={"static": True})
+    masked: frozenset[str] = field(default=frozenset(), metadata={"static": True})
 
     def log_weights(self, kl_weight: Any = 1.0, free_bits: float = 0.0) -> Array:
         r"""Importance log weights :math:`\log p(x \mid z) - \beta \sum_l \max(\log q(z_l) - \log p(z_l), \lambda)`."""
@@ -117,7 +122,7 @@ class Pair:
         draws = _Draws(rng_key, index, self.plate_key)
         with handlers.block(), _StopGradient(is_score), handlers.trace() as trace, draws:
             self._run(self.guide, params)
-        return Draw(trace, tuple(draws.handed_out))
+        return Draw(with_proper_dummies(trace), tuple(draws.handed_out))
 
     def redraw(self, rng_key: Array, index: Array, params: Params, draw: Draw) -> Draw:
         """Run the guide again with other parameters at the values of ``draw``; only point masses move."""
@@ -129,14 +134,14 @@ class Pair:
         draws = _Draws(rng_key, index, self.plate_key, draw.keys)
         with handlers.block(), handlers.trace() as trace, draws, handlers.replay(trace=values):
             self._run(self.guide, params)
-        return Draw(trace, draw.keys)
+        return Draw(with_proper_dummies(trace), draw.keys)
 
     def run_guide(self, rng_key: Array, params: Params, given: Messenger) -> Draw:
         """Run the guide with the values that a handler gives to its sites."""
         draws = _Draws(rng_key, None, self.plate_key)
         with handlers.block(), handlers.trace() as trace, draws, given:
             self._run(self.guide, params)
-        return Draw(trace, tuple(draws.handed_out))
+        return Draw(with_proper_dummies(trace), tuple(draws.handed_out))
 
     def run_model(self, rng_key: Array, index: Array | None, params: Params, draw: Draw) -> Trace:
         """Run the model at the latents of ``draw``."""
@@ -151,7 +156,7 @@ class Pair:
         latents = {name: site for name, site in draw.trace.items() if site["type"] == "plate" or is_latent(site)}
         with handlers.block(), handlers.trace() as trace, draws:
             self._run(handlers.replay(self.model, trace=latents), params)
-        return trace
+        return with_proper_dummies(trace)
 
     @property
     def _programs(self) -> tuple[int, int]:
@@ -176,7 +181,9 @@ class Pair:
 
         :param is_score: which latent sites of the guide get their gradient by the score function; ``None`` for none.
         """
+        dummies = {name for name, site in model.items() if site.get("dummies")}
         of_guide = [site for site in guide.trace.values() if site["type"] == "sample"]
+        of_guide = [site | {"fn": unmasked(site["fn"])} if site["name"] in dummies else site for site in of_guide]
         of_model = [site for site in model.values() if site["type"] == "sample"]
         check_observed_shapes(self.user, of_model)
         scales = plate_scales(guide.trace) | plate_scales(model)
@@ -210,6 +217,8 @@ class Pair:
             if site["type"] == "baseline"
         }
         mutable = {n: s["value"] for n, s in (guide.trace | model).items() if s["type"] == "mutable"}
+        narrow = {s["name"] for s in of_guide if s["name"] in log_prior and is_narrower(model[s["name"]], s, self.user)}
+        masked = {site["name"] for site in of_guide if is_latent(site) and is_masked(site)}
         names = [{n for n, s in trace.items() if s["type"] == "param"} for trace in (guide.trace, model)]
         return Densities(
             log_likelihood,
@@ -221,6 +230,8 @@ class Pair:
             plates,
             frozenset(unscaled),
             frozenset(names[0] & names[1]),
+            frozenset(narrow),
+            frozenset(masked),
         )
 
     def _run(self, program: Program, params: Params) -> None:
@@ -259,6 +270,13 @@ class Pair:
                 )
 
 
+def check_masked(pair: Pair, params: Params) -> None:
+    """:raises ValueError: naming a latent whose draws nothing weighs though data depend on them. Not for ``jit``."""
+    draw = pair.draw(random.key(0), jnp.asarray(0), params)
+    model = pair.run_model(random.key(0), jnp.asarray(0), params, draw)
+    check_weighed(model, draw.trace, pair.densities(draw, model).plates, pair.user)
+
+
 def is_point(fn: Distribution) -> bool:
     """Whether a distribution is a point mass, behind any wrappers."""
     while hasattr(fn, "base_dist") and not isinstance(fn, Delta):
@@ -286,10 +304,13 @@ def over_particles(fn: Callable[[Array, Array], Any], rng_key: Array, num: int, 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LogWeights:
-    """Importance log weights, and the plates whose elements have weights of their own."""
+    """Importance log weights, the plates whose elements have weights of their own, and what :class:`Densities` say of
+    the guide's **narrow** and **masked** sites."""
 
     values: Array
     plates: BatchPlates = field(metadata={"static": True})
+    narrow: frozenset[str] = field(default=frozenset(), metadata={"static": True})
+    masked: frozenset[str] = field(default=frozenset(), metadata={"static": True})
 
 
 def log_weights(
@@ -313,7 +334,7 @@ def log_weights(
         guide_key, model_key = random.split(rng_key)
         draw = pair.draw(guide_key, index, params)
         densities = pair.densities(draw, pair.run_model(model_key, index, params, draw))
-        return LogWeights(densities.log_weights(), densities.plates)
+        return LogWeights(densities.log_weights(), densities.plates, densities.narrow, densities.masked)
 
     return over_particles(particle, rng_key, num_particles, batch_size)
 

@@ -1,5 +1,6 @@
 """One draw per sample site for the whole cloud of particles, although programs are written for a single particle."""
 
+import copy
 from typing import Any
 
 import jax
@@ -7,14 +8,21 @@ import jax.numpy as jnp
 from jax import Array, lax, random
 from jax.custom_batching import custom_vmap
 from numpyro.distributions import (
+    DirichletMultinomial,
     Distribution,
     ExpandedDistribution,
     Independent,
     MaskedDistribution,
+    MultinomialLogits,
+    MultinomialProbs,
     TransformedDistribution,
 )
 from numpyro.distributions.batch_util import promote_batch_shape
 from numpyro.primitives import Messenger
+
+from numpyro_smc.programs.supports import innermost
+
+_MULTINOMIALS = (DirichletMultinomial, MultinomialLogits, MultinomialProbs)
 
 
 def _batch_size_first(fn: Distribution, is_batched: list[bool], axis_size: int) -> Distribution | None:
@@ -34,10 +42,14 @@ def _batch_size_first(fn: Distribution, is_batched: list[bool], axis_size: int) 
 def _draw_plain(rng_key: Array, fn: Distribution, index: Array, sample_shape: tuple[int, ...]) -> Array:
     """A draw of ``fn``; under vmap over ``index`` with one key, a single draw of the batched distribution."""
 
+    dtypes = []
+
     @custom_vmap
     def draw_one(rng_key: Array, fn: Distribution, index: Array) -> Array:
         del index
-        return fn.sample(rng_key, sample_shape)
+        value = jnp.asarray(fn.sample(rng_key, sample_shape))
+        dtypes.append(value.dtype)
+        return value
 
     @draw_one.def_vmap
     def draw_cloud(axis_size: int, in_batched: Any, rng_key: Array, fn: Distribution, index: Array) -> Any:
@@ -48,12 +60,33 @@ def _draw_plain(rng_key: Array, fn: Distribution, index: Array, sample_shape: tu
                 return fn.sample(rng_key, (axis_size, *sample_shape)), True
             promoted = _batch_size_first(fn, is_batched, axis_size)
             if promoted is not None:
-                return jnp.moveaxis(promoted.sample(rng_key, sample_shape), len(sample_shape), 0), True
+                # A batch of multinomials is drawn in floats, one of them in integers.
+                values = jnp.asarray(promoted.sample(rng_key, sample_shape), dtypes[0])
+                return jnp.moveaxis(values, len(sample_shape), 0), True
             rng_key = jax.vmap(random.fold_in, (None, 0))(rng_key, jnp.arange(axis_size))
         axes = jax.tree.unflatten(jax.tree.structure(fn), [0 if batched else None for batched in is_batched])
         return jax.vmap(lambda key, one: one.sample(key, sample_shape), (0, axes))(rng_key, fn), True
 
     return draw_one(rng_key, fn, index)
+
+
+def _hides_parameters(fn: Distribution) -> bool:
+    """Whether a distribution has traced parameters that are no leaves of it, as a multinomial's count."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(list(fn.tree_flatten()[1])))
+
+
+def _sample(rng_key: Array, fn: Distribution, sample_shape: tuple[int, ...]) -> Array:
+    """``fn.sample``, which for one multinomial with a traced count draws ``total_count_max`` trials instead.
+
+    NumPyro minds counts of batches only: ``jit(lambda n: Multinomial(n, p, total_count_max=4).sample(key))`` adds up
+    to 4 for every ``n``.
+    """
+    count = vars(fn).get("total_count")
+    if not isinstance(fn, _MULTINOMIALS) or not isinstance(count, jax.core.Tracer) or jnp.ndim(count):
+        return fn.sample(rng_key, sample_shape)
+    batch = copy.copy(fn)
+    batch.total_count, batch._batch_shape = count[None], (1,)
+    return batch.sample(rng_key, sample_shape).reshape(fn.shape(sample_shape)).astype(int)
 
 
 def draw(rng_key: Array, fn: Distribution, index: Array, sample_shape: tuple[int, ...] = ()) -> tuple[Array, list[Any]]:
@@ -80,10 +113,18 @@ def draw(rng_key: Array, fn: Distribution, index: Array, sample_shape: tuple[int
             value, between = transform.call_with_intermediates(before)
             intermediates.append([before, between])
         return value, intermediates
-    if any(isinstance(field, Distribution) for field in vars(fn).values()):
+    if any(isinstance(field, Distribution) for field in vars(fn).values()) or _hides_parameters(fn):
         # A distribution that samples through another one: NumPyro cannot promote the inner batch shape.
-        return fn.sample(random.fold_in(rng_key, index), sample_shape), []
+        return _sample(random.fold_in(rng_key, index), fn, sample_shape), []
     return _draw_plain(rng_key, fn, index, sample_shape), []
+
+
+def cannot_be_drawn(name: str, fn: Distribution, user: str | None = None) -> ValueError:
+    return ValueError(
+        f"{user + ': site' if user else 'Site'} '{name}' is to be drawn, and its distribution, "
+        f"{type(innermost(fn)).__name__}, cannot be drawn from. Give it a proper prior, or a value (condition the "
+        f"model on it, or params={{'{name}': ...}}; kernels of MCMC take init_params), or sample '{name}' in a guide."
+    )
 
 
 class CloudDraws(Messenger):
@@ -106,10 +147,14 @@ class CloudDraws(Messenger):
         self.rng_key, rng_key = random.split(self.rng_key)
         return rng_key
 
-    def _draw(self, rng_key: Array, fn: Distribution, sample_shape: tuple[int, ...]) -> tuple[Array, list[Any]]:
-        if self.index is None:
-            return fn(rng_key=rng_key, sample_shape=sample_shape, sample_intermediates=True)
-        return draw(rng_key, fn, self.index, sample_shape)
+    def _draw(self, rng_key: Array, msg: dict[str, Any], sample_shape: tuple[int, ...]) -> tuple[Array, list[Any]]:
+        fn = msg["fn"]
+        try:
+            if self.index is None and not _hides_parameters(innermost(fn)):
+                return fn(rng_key=rng_key, sample_shape=sample_shape, sample_intermediates=True)
+            return draw(rng_key, fn, jnp.asarray(0) if self.index is None else self.index, sample_shape)
+        except NotImplementedError as error:
+            raise cannot_be_drawn(msg["name"], fn) from error
 
     def process_message(self, msg: dict[str, Any]) -> None:
         # Inside a scan NumPyro has given each step its own key already.
@@ -126,10 +171,10 @@ class CloudDraws(Messenger):
                 msg["value"] = lax.cond(
                     now < end,
                     lambda: jnp.broadcast_to(given, sample_shape + msg["fn"].shape()),
-                    lambda: self._draw(rng_key, msg["fn"], sample_shape)[0].astype(given.dtype),
+                    lambda: self._draw(rng_key, msg, sample_shape)[0].astype(given.dtype),
                 )
             else:
-                value, intermediates = self._draw(rng_key, msg["fn"], sample_shape)
+                value, intermediates = self._draw(rng_key, msg, sample_shape)
                 msg["value"] = value
                 msg["intermediates"] = intermediates if isinstance(msg["fn"], TransformedDistribution) else []
                 msg["drawn"] = True

@@ -11,6 +11,7 @@ from jax import Array, random
 from numpyro.distributions.transforms import biject_to
 
 from numpyro_smc.programs.sites import Site
+from numpyro_smc.programs.supports import log_prob
 
 _NUM_DRAWS = 64
 
@@ -29,16 +30,11 @@ def density_of_elements(site: Site, name: str, indices: np.ndarray, user: str) -
             f"its elements has no closed form. Take the whole site, or use sir or sample, which need no density."
         )
 
-    on_surface = is_on_surface(site)
-
     def log_density(piece: Array) -> Array:
         full = jnp.ravel(value).at[indices].set(piece).reshape(value.shape)
         if len(indices) == value.size:
-            inside = True if on_surface else jnp.all(whole.support(full))
-            return jnp.where(inside, jnp.sum(whole.log_prob(full)), -jnp.inf)
-        inside = jnp.broadcast_to(fn.support(full), value.shape).reshape(-1)[indices]
-        found = jnp.broadcast_to(fn.log_prob(full), value.shape).reshape(-1)[indices]
-        return jnp.where(jnp.all(inside), jnp.sum(found), -jnp.inf)
+            return jnp.sum(log_prob(whole, full))
+        return jnp.sum(jnp.broadcast_to(log_prob(fn, full), value.shape).reshape(-1)[indices])
 
     return log_density
 

@@ -26,6 +26,7 @@ from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.scans import Trace, run_prefix
 from numpyro_smc.programs.sequence import Program
 from numpyro_smc.programs.sites import BatchPlates, is_latent, log_density, plate_scales, unscaled_log_density
+from numpyro_smc.programs.supports import check_bijection
 from numpyro_smc.programs.unconstrained import FreeOfImproper, is_improper
 
 Values = dict[str, Array]
@@ -171,6 +172,8 @@ class GlobalLatents:
                 f"the values in the model, condition the model on one, or update the site in a block of its own "
                 f"(numpyro.infer.Gibbs with DiscreteGibbs)."
             )
+        for name in self.names:
+            check_bijection(self._sites[name], self.user)
         for name, scale in scales.items():
             if scale != 1.0:
                 raise ValueError(

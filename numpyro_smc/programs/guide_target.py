@@ -19,6 +19,7 @@ from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.density import Densities, Draw, Pair, Params, is_point
 from numpyro_smc.programs.sites import BatchPlates, Site, in_control_flow, is_latent, plate_scales, sum_per_problem
+from numpyro_smc.programs.supports import check_bijection
 
 State = dict[str, Array]
 
@@ -43,7 +44,9 @@ class GuideTarget:
 
     def __init__(self, pair: Pair, params: Params, rng_key: Array) -> None:
         self.pair, self.params, self.rng_key = pair, params, rng_key
-        self.plates: BatchPlates = jax.eval_shape(self._densities_of_draw).plates
+        found = jax.eval_shape(self._densities_of_draw)
+        self.plates: BatchPlates = found.plates
+        self.narrow, self.masked = found.narrow, found.masked
 
     def draw(self, rng_key: Array, index: Array) -> State:
         """A draw from the guide."""
@@ -103,6 +106,8 @@ class GuideTarget:
                 f"{user}: site '{name}' is drawn inside a scan of the guide. Propose the whole path as one site, or "
                 f"use FIVO or SIXO."
             )
+        if moves(site):
+            check_bijection(site, user)
         rank = len(site["fn"].batch_shape)
         if moves(site) and plates.dims != tuple(range(-rank, -rank + len(plates.dims))):
             raise ValueError(

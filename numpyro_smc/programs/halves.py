@@ -218,6 +218,7 @@ def _without_arrays(site: Site) -> Site:
     kept["scale"] = float(scale) if known else None
     if site["type"] == "sample":
         kept["fn"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), site["fn"])
+        kept["dummies"] = site.get("dummies", False)
         kept["has_rsample"] = site["fn"].has_rsample
         kept["given_until"] = "given_until" in site
         kept["given"] = not site["is_observed"] and not site.get("drawn", False)

@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array, random
 
 from numpyro_smc.programs.density import Pair, Params
+from numpyro_smc.programs.supports import log_prob
 
 _NUM_DRAWS = 4
 
@@ -23,7 +24,7 @@ def check_finite(values: Array, pair: Pair, params: Params) -> None:
             model = pair.run_model(random.key(i), jnp.asarray(0), params, draw)
             for program, trace in (("guide", draw.trace), ("model", model)):
                 for name, site in trace.items():
-                    if site["type"] == "sample" and not np.all(np.isfinite(site["fn"].log_prob(site["value"]))):
+                    if site["type"] == "sample" and not np.all(np.isfinite(log_prob(site["fn"], site["value"]))):
                         sites[f"'{name}' of the {program}"] = None
     where = f"at draws from the guide, log densities of site {', '.join(sites)} are not finite" if sites else ""
     raise FloatingPointError(

@@ -22,6 +22,7 @@ class Pinned(Messenger):
     def process_message(self, msg: dict[str, Any]) -> None:
         if msg["type"] == "sample" and msg.get("drawn") and msg["name"] in self.values:
             msg["value"] = jnp.where(self.index == 0, self.values[msg["name"]], msg["value"])
+            msg["pinned"] = True
             msg["intermediates"] = []  # those of the draw, which is no longer the value
 
 

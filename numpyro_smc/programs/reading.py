@@ -17,6 +17,7 @@ from numpyro_smc.programs.bootstrap import Bootstrap
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import global_latents, read_half
 from numpyro_smc.programs.independence import elements_of_sequence
+from numpyro_smc.programs.masked_latents import check_drawn
 from numpyro_smc.programs.observed_shapes import check_observed_shapes
 from numpyro_smc.programs.reading_after_scan import read_after_scan
 from numpyro_smc.programs.replay import look_ahead
@@ -32,6 +33,7 @@ from numpyro_smc.programs.sites import (
     plate_indices,
     plate_scales,
 )
+from numpyro_smc.programs.supports import is_narrower
 
 
 def read_sequence(
@@ -94,6 +96,7 @@ def read_sequence(
     _read_globals(sequence, guide is not None, given_globals)
     _read_plates(sequence)
     sequence.log_global_weight = _log_global_weight(sequence)
+    _check_masked(sequence)
     if sequence.twisted:
         sequence.look_ahead = look_ahead(sequence)
     return sequence
@@ -174,6 +177,15 @@ def _read_plates(sequence: Sequence) -> None:
         sequence.bound_scale = common / sequence.plates.scale
 
 
+def _check_masked(sequence: Sequence) -> None:
+    steps = sequence.model.step_sites
+    sites = [site for site in [*sequence.model.prefix.values(), *steps.values()] if site["type"] == "sample"]
+    proposed = set(sequence.path) | set(sequence.guide_prefix)
+    proposed |= set() if sequence.guide is None else set(sequence.guide.step_sites)
+    drawn = [s for s in sites if is_latent(s) and not (s["name"] in sequence.given or s["name"] in proposed)]
+    check_drawn(drawn, [site for site in sites if is_observed(site)], sequence.user)
+
+
 def _independent_plates(sequence: Sequence, plates: BatchPlates, scales: dict[str, float]) -> frozenset[str]:
     """Names of the plates whose elements are independent problems. Notes which axes of the carries run over them.
 
@@ -248,6 +260,7 @@ def _log_global_weight(sequence: Sequence) -> Array:
         if proposal is not None:
             total = total - log_density(proposal, whole)
             if name in sequence.model.prefix:
+                is_narrower(sequence.model.prefix[name], proposal, sequence.user)
                 total = total + log_density(sequence.model.prefix[name], whole)
     for name in sequence.global_observed:
         total = total + log_density(sequence.model.prefix[name], whole)

@@ -15,6 +15,7 @@ from numpyro import handlers
 from numpyro.contrib.control_flow.scan import scan_wrapper
 from numpyro.primitives import _PYRO_STACK, Messenger
 
+from numpyro_smc.programs.masked_latents import with_proper_dummies
 from numpyro_smc.programs.sites import in_control_flow
 
 Trace = dict[str, dict[str, Any]]
@@ -291,13 +292,13 @@ def run_prefix(program: Callable[[], Any], *around: Messenger, is_guide: bool = 
                 _run_under(around, program)
         except _ScanReached as reached:
             _check_flow(trace)
-            return trace, reached.scan
+            return with_proper_dummies(trace), reached.scan
     if catch.without_sites is not None and not is_guide:
         before, make_scan = catch.without_sites
         _check_flow(before)
-        return before, make_scan()
+        return with_proper_dummies(before), make_scan()
     _check_flow(trace)
-    return trace, None
+    return with_proper_dummies(trace), None
 
 
 def run_step(scan: Scan, t: Array, carry: Any, x: Any, *around: Messenger) -> tuple[Any, Any, Trace]:
@@ -314,7 +315,7 @@ def run_step(scan: Scan, t: Array, carry: Any, x: Any, *around: Messenger) -> tu
                 f"numpyro.param '{name}' stands inside the scan body. Declare it (and any network) before the scan and "
                 f"let the body use its value."
             )
-    return new_carry, output, trace
+    return new_carry, output, with_proper_dummies(trace)
 
 
 def _run_under(around: tuple[Messenger, ...], program: Callable[[], Any]) -> Any:

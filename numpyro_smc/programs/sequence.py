@@ -22,8 +22,10 @@ from numpyro_smc.programs import path_guide
 from numpyro_smc.programs.after_scan import AfterScan
 from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.halves import Half
+from numpyro_smc.programs.masked_latents import is_masked, skipped_then_used, unmasked
 from numpyro_smc.programs.scans import Fixed, Trace, run_prefix, run_step
 from numpyro_smc.programs.sites import BatchPlates, is_latent, is_observed, log_density, plate_indices
+from numpyro_smc.programs.supports import is_narrower
 
 Program = Callable[..., Any]
 
@@ -105,9 +107,15 @@ class Sequence:
         self.combined: frozenset[str] = frozenset()
         self.bound_scale = 1.0
         self.gradient_of_draws = "ignore"
+        self.masks_latents = any(
+            is_latent(site) and is_masked(site) and not site.get("dummies")
+            for half in (model, guide)
+            for site in ([] if half is None else [*half.prefix.values(), *half.step_sites.values()])
+        )
         self.twisted = guide is not None and any(s["type"] == "twist" for s in guide.step_sites.values())
         self.look_ahead: Array | None = None
         self.steering: Steering | None = None
+        self._compared: set[str] = set()
 
     # ---- facts ---------------------------------------------------------------------------------------------------
 
@@ -243,6 +251,9 @@ class Sequence:
         for name, site in guide_trace.items():
             if name not in model_trace and is_latent(site) and name not in self.global_values:
                 log_weight = log_weight - self.log_density(site)
+        if self.masks_latents:
+            skipped = jnp.zeros(self.batch_shape, bool)
+            log_weight, state["skipped"] = self._unless_misused(log_weight, model_trace, guide_trace, skipped)
         log_twist = jnp.zeros(self.batch_shape)
         if self.twisted:
             state["log twist"] = log_twist
@@ -270,6 +281,10 @@ class Sequence:
         )
         new_state["model"], new_shared["model"] = self.model.split(carry)
         log_weight, log_score, values = self._weigh(model_trace, guide_trace)
+        if self.masks_latents:
+            log_weight, new_state["skipped"] = self._unless_misused(
+                log_weight, model_trace, guide_trace, state["skipped"]
+            )
         if self.after is not None:
             log_weight = log_weight + self.after.log_density(
                 t, output, carry, Fixed(self.global_values, plates), self.plates
@@ -314,6 +329,9 @@ class Sequence:
             log_p = self.log_density(site)
             if proposal is None or site["is_observed"]:
                 return log_p, nothing
+            self._compare_supports(site, proposal)
+            if site.get("dummies"):
+                proposal = proposal | {"fn": unmasked(proposal["fn"])}
             log_q = self.log_density(proposal)
             return self._differentiable(log_p - log_q, log_q, proposal["fn"])
         if self.gradient_of_draws != "ignore" and not site["fn"].has_rsample:
@@ -343,7 +361,19 @@ class Sequence:
             )
         return site["value"]
 
+    def _unless_misused(
+        self, log_weight: Array, model_trace: Trace, guide_trace: Trace, skipped: Array
+    ) -> tuple[Array, Array]:
+        """The log weight, not a number where a masked latent is used although it was drawn from nothing."""
+        skipped, misused = skipped_then_used(model_trace, guide_trace, self.given, self.plates, skipped)
+        return jnp.where(misused, jnp.nan, log_weight), skipped
+
     # ---- checks -----------------------------------------------------------------------------------------------------
+
+    def _compare_supports(self, site: Any, proposal: Any) -> None:
+        if site["name"] not in self._compared:
+            self._compared.add(site["name"])
+            is_narrower(site, proposal, self.user)
 
     def _check_all_proposed(self, model_trace: Trace, names: frozenset[str]) -> None:
         for name in names:

@@ -29,6 +29,7 @@ from numpyro_smc.programs.element_priors import (
 )
 from numpyro_smc.programs.hidden_draws import Hides, is_tractable
 from numpyro_smc.programs.sites import Site, in_control_flow, is_latent, plate_scales
+from numpyro_smc.programs.unconstrained import RefuseImproper
 
 Program = Callable[..., Any]
 Values = dict[str, Array]
@@ -75,7 +76,7 @@ class Simulator:
         self.params = _names(params, "params", user)
         self.observed = _names(observed, "observed", user)
         self.context = _names(context, "context", user) if len(context) else ()
-        trace = _trace(handlers.seed(model, random.key(0)))
+        trace = _trace(handlers.seed(RefuseImproper(model, user), random.key(0)))
         self._check(trace)
         self._sites = {name: trace[name] for name in self.params}
         self.shapes = {name: jnp.shape(trace[name]["value"]) for name in (*self.params, *self.context)}

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpyro.distributions import MaskedDistribution
+from numpyro.distributions import ExpandedDistribution, MaskedDistribution
+
+from numpyro_smc.programs.supports import log_prob
 
 Site = dict[str, Any]
 
@@ -122,16 +124,16 @@ def log_density(site: Site, plates: BatchPlates, bound_scale: float = 1.0) -> Ar
 
     :param bound_scale: a scale common to every site, left to the bound.
     """
-    log_prob = _log_prob(site)
+    density = _log_prob(site)
     scale = remaining_scale(site, plates)
     if bound_scale != 1.0:
         scale = scale / bound_scale
     if not is_one(scale):
-        log_prob = scale * log_prob
+        density = scale * density
     if "given_until" in site:
         now, end, _ = site["given_until"]
-        log_prob = jnp.where(now < end, log_prob, 0.0)
-    return sum_per_problem(jnp.asarray(log_prob), plates)
+        density = jnp.where(now < end, density, 0.0)
+    return sum_per_problem(jnp.asarray(density), plates)
 
 
 def unscaled_log_density(site: Site, plates: BatchPlates) -> Array:
@@ -142,7 +144,9 @@ def unscaled_log_density(site: Site, plates: BatchPlates) -> Array:
 def _log_prob(site: Site) -> Array:
     if site["intermediates"]:
         return site["fn"].log_prob(site["value"], site["intermediates"])
-    return site["fn"].log_prob(site["value"])
+    if site.get("drawn") and not site.get("pinned"):
+        return site["fn"].log_prob(site["value"])  # lies in the support that it was drawn from
+    return log_prob(site["fn"], site["value"])
 
 
 def is_one(scale: Any) -> bool:
@@ -153,8 +157,9 @@ def is_one(scale: Any) -> bool:
 def site_mask(site: Site) -> Array:
     """The mask of a sample site, broadcastable to its batch shape."""
     mask, fn = jnp.asarray(True), site["fn"]
-    while isinstance(fn, MaskedDistribution):
-        mask, fn = mask & jnp.asarray(fn._mask), fn.base_dist
+    while isinstance(fn, MaskedDistribution | ExpandedDistribution):
+        mask = mask & jnp.asarray(fn._mask) if isinstance(fn, MaskedDistribution) else mask
+        fn = fn.base_dist
     return mask
 
 

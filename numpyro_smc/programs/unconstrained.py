@@ -26,7 +26,9 @@ from numpyro.infer.util import _unconstrain_reparam
 from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.density import Pair, is_point
+from numpyro_smc.programs.draws import cannot_be_drawn
 from numpyro_smc.programs.guide_target import GuideTarget
+from numpyro_smc.programs.masked_latents import is_dummies, with_proper_dummies
 from numpyro_smc.programs.observed_shapes import check_observed_shapes
 from numpyro_smc.programs.sites import (
     BatchPlates,
@@ -37,6 +39,7 @@ from numpyro_smc.programs.sites import (
     plate_scales,
     unscaled_log_density,
 )
+from numpyro_smc.programs.supports import check_bijection, innermost
 
 Program = Callable[..., Any]
 Values = dict[str, Array]
@@ -145,14 +148,17 @@ class UnconstrainedModel:
         return BatchPlates((name,), (frame.dim,), (frame.size,))
 
     def values(self, position: Array) -> Values:
-        """Values of latent and deterministic sites at one position, in their supports."""
+        """Values of latent and deterministic sites at one position, in their supports. The missing values of a site
+        with ``obs_mask`` are in the site that holds the observed ones too."""
         state = self.unravel(position)
         if isinstance(self.start, _Prior):
             trace = self.start.trace_at(state)
         else:
             trace = self._trace(self._at_values(self.start.values(state)))
         return {
-            name: site["value"] for name, site in trace.items() if is_latent(site) or site["type"] == "deterministic"
+            name: site["value"]
+            for name, site in trace.items()
+            if site["type"] == "deterministic" or (is_latent(site) and not is_dummies(name, trace))
         }
 
     def site_log_densities(self, position: Array) -> dict[str, Array]:
@@ -173,7 +179,7 @@ class UnconstrainedModel:
 
     def _trace(self, program: Program) -> dict[str, Site]:
         with handlers.block():
-            return handlers.trace(program).get_trace(*self.args, **self.kwargs)
+            return with_proper_dummies(handlers.trace(program).get_trace(*self.args, **self.kwargs))
 
     def _check(self, trace: dict[str, Site], from_prior: bool) -> None:
         latent = {name: site for name, site in trace.items() if is_latent(site)}
@@ -185,6 +191,9 @@ class UnconstrainedModel:
                 f"the states in the model (dist.MixtureSameFamily, or numpyro.factor with the log-sum-exp), or sample "
                 f"an enumerated model with MCMC(DiscreteHMCGibbs(...))."
             )
+        for site in latent.values() if from_prior else ():
+            if not is_point(site["fn"]):
+                check_bijection(site, self.user)
         for name, scale in plate_scales(trace).items():
             if scale != 1.0:
                 raise ValueError(
@@ -244,6 +253,18 @@ class FreeOfImproper(Messenger):
             msg["value"] = jnp.broadcast_to(fn.support.feasible_like(jnp.zeros(fn.shape())), fn.shape())
 
 
+class RefuseImproper(Messenger):
+    """Say by name which site cannot be drawn, where NumPyro's distribution only says that it has no sampler."""
+
+    def __init__(self, fn: Program, user: str) -> None:
+        super().__init__(fn)
+        self.user = user
+
+    def process_message(self, msg: dict[str, Any]) -> None:
+        if msg["type"] == "sample" and msg["value"] is None and isinstance(innermost(msg["fn"]), ImproperUniform):
+            raise cannot_be_drawn(msg["name"], msg["fn"], self.user)
+
+
 def is_improper(site: Site) -> bool:
     """Whether a latent site's prior does not integrate to one: an improper distribution, or a masked one."""
     fn = site["fn"]
@@ -264,5 +285,6 @@ def _is_jacobian(name: str, trace: dict[str, Site]) -> bool:
 def _improper(user: str, name: str) -> str:
     return (
         f"{user}: the prior of site '{name}' is improper (ImproperUniform, or masked), so there are no draws of it to "
-        f"start from and no evidence. Give it a proper prior, or start from a fitted guide: init_guide=(guide, params)."
+        f"start from and no evidence. Give it a proper prior, or start from a fitted guide: "
+        f"init_guide=(guide, params). Data are masked at their own site, missing data by obs_mask."
     )

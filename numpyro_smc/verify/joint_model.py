@@ -15,6 +15,7 @@ from numpyro.distributions.distribution import Unit
 from numpyro_smc.programs.simulated_arguments import unconditioned
 from numpyro_smc.programs.simulator import element_names
 from numpyro_smc.programs.sites import BatchPlates, Site, log_density, plate_scales
+from numpyro_smc.programs.unconstrained import RefuseImproper
 
 Program = Callable[..., Any]
 Values = dict[str, Array]
@@ -89,7 +90,7 @@ class JointModel:
         return {name: trace[name]["fn"].support for name in self.latent}
 
     def _simulate(self, rng_key: Array, values: Values | None = None) -> dict[str, Site]:
-        program = handlers.seed(unconditioned(self.model), rng_key)
+        program = handlers.seed(RefuseImproper(unconditioned(self.model), self.user), rng_key)
         if values:
             program = handlers.substitute(program, data=values)
         with handlers.block():
