@@ -30,6 +30,7 @@ from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.sequence import Program
+from numpyro_smc.programs.tracing import TRACING
 
 
 class ParticleMetropolisState(NamedTuple):
@@ -404,7 +405,7 @@ class ParticleMetropolis(MCMCKernel):
         given = handlers.substitute(
             handlers.seed(self._likelihood.model, random.key(0)), data=self._likelihood.params | values
         )
-        with handlers.block():
+        with TRACING, handlers.block():
             trace = handlers.trace(given).get_trace(*args, **kwargs)
         return values | {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}
 

@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, random
 
 from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.programs.weights import normalise
 from numpyro_smc.ratio.grid import Grid
@@ -71,11 +72,14 @@ class Marginal:
                 f"Marginal.grid: {num} cells for each of {size} parameters are more than {_MOST_CELLS:,}. Ask for "
                 f"fewer parameters or cells, or use sample."
             )
-        log_prior = self.estimator.simulator.prior_of_elements(self.chosen)
+        simulator = self.estimator.simulator
+        simulator.check_axes(self.chosen, "Marginal.grid")
+        log_prior = simulator.prior_of_elements(self.chosen)
+        log_mass = self._log_prior_mass()
         axes = self.axes(num, bounds)
         points = jnp.asarray(np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], -1))
         points = points.astype(jnp.result_type(float))
-        log_density = self._log_ratios(self._full(points)) + jax.vmap(log_prior)(points)
+        log_density = self._log_ratios(self._full(points)) + jax.vmap(log_prior)(points) - log_mass
         return Grid.of(axes, np.asarray(log_density, float).reshape((num,) * size), self.elements, self._is_calibrated)
 
     def axes(self, num: int, bounds: Sequence[tuple[float, float]] | None = None) -> list[np.ndarray]:
@@ -93,6 +97,7 @@ class Marginal:
         :param num_draws: prior draws that are weighed; by default ten for each draw wanted, and 10,000 at least.
         :return: ``[num_samples, k]``, with repetitions. A warning says if fewer than a hundred draws carry the weight.
         """
+        rng_key = one_key("Marginal.sir", rng_key)
         check_positive("Marginal.sir", num_samples=num_samples)
         draw_key, resample_key, order_key = random.split(rng_key, 3)
         theta = self.estimator.prior(draw_key, num_draws or max(10 * num_samples, 10_000))
@@ -123,12 +128,32 @@ class Marginal:
         simulator = self.estimator.simulator
         return simulator.ravel({name: draws[name] for name in simulator.params})[:, self.chosen]
 
+    def _log_prior_mass(self) -> float:
+        """Log of the prior's probability of a truncated region, as far as it bounds these elements."""
+        box, simulator = self.estimator.box, self.estimator.simulator
+        if box is None:
+            return 0.0
+        if self.chosen.all():
+            return box.log_prior_mass
+        if not simulator.are_independent_of_others(self.chosen):
+            raise ValueError(
+                f"Marginal.grid: {', '.join(self.elements)} depend on other parameters under the prior, whose "
+                f"truncation bounds these too, so the density of their marginal is not known. Use sir or sample."
+            )
+        draws = jax.vmap(simulator.prior)(random.split(random.key(0), _DRAWS))
+        return float(jnp.log(box.contains(draws, self.chosen).mean()))
+
     @property
     def _is_calibrated(self) -> bool:
         return self.estimator.loss.calibrated
 
     def _bounds(self) -> np.ndarray:
         known = self.estimator.simulator.support()[self.chosen]
+        box = self.estimator.box
+        if box is not None:
+            known = np.stack(
+                [np.maximum(known[:, 0], box.low[self.chosen]), np.minimum(known[:, 1], box.high[self.chosen])], -1
+            )
         if np.isfinite(known).all():
             return known
         draws = np.asarray(self.estimator.prior(random.key(0), _DRAWS))[:, self.chosen]
