@@ -365,7 +365,7 @@ def cover(name: str, options: argparse.Namespace) -> dict[str, Any]:
         low, high = found.interval()
         inside.append(low <= truth <= high)
         scores.append((found.value - truth) / found.standard_error)
-        trusted.append(found.verdict.startswith("Trustworthy"))
+        trusted.append(not found.verdict.startswith("Not to be trusted"))
     kept = np.array(inside)[np.array(trusted)]
     return {
         "inside": int(np.sum(inside)),

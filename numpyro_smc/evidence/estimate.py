@@ -18,6 +18,9 @@ from numpyro_smc.reports.plots import new_axes
 
 LARGE_ERROR, SMALL_ESS, LOW_ACCEPTANCE = 0.5, 3.0, 0.15
 FEW = 0.02  # share of the elements whose trouble does not condemn the whole
+# Annealed draws that all pass by a narrow mode agree with each other, and nothing in them tells of it.
+_UNSEEN = ("No sign of trouble", " unless the draws have missed a mode, which they cannot tell")
+_PROVISOS = {"smc": _UNSEEN, "ais": _UNSEEN}
 
 
 @jax.jit
@@ -123,7 +126,8 @@ class Evidence:
             text = f"Not to be trusted: {concerns}. The value is likely too low. Use {remedy}."
         else:
             low, high = self.interval()
-            text = f"Trustworthy: the log evidence is in [{low:.6g}, {high:.6g}] (95%), the value a lower bound"
+            head, proviso = _PROVISOS.get(self.method, ("Trustworthy", ""))
+            text = f"{head}: the log evidence is in [{low:.6g}, {high:.6g}] (95%){proviso}, the value a lower bound"
             text += f" that is {self.shortfall:.2g} too low on average."
             text += f" But {concerns}: use {remedy} if these matter." if concerns else ""
         return text if self.certificate is None else f"{text} {self.certificate.verdict}"

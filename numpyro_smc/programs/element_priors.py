@@ -7,10 +7,13 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jax import Array
+from jax import Array, random
+from numpyro.distributions.transforms import biject_to
 
 from numpyro_smc.programs.sites import Site
 from numpyro_smc.programs.supports import log_prob
+
+_NUM_DRAWS = 64
 
 
 def density_of_elements(site: Site, name: str, indices: np.ndarray, user: str) -> Callable[[Array], Array]:
@@ -34,6 +37,33 @@ def density_of_elements(site: Site, name: str, indices: np.ndarray, user: str) -
         return jnp.sum(jnp.broadcast_to(log_prob(fn, full), value.shape).reshape(-1)[indices])
 
     return log_density
+
+
+def is_on_surface(site: Site) -> bool:
+    """Whether a site's support has fewer dimensions than its values have elements, as a simplex."""
+    shape = jnp.shape(site["value"])
+    try:
+        return int(np.prod(biject_to(site["fn"].support).inverse_shape(shape))) < int(np.prod(shape))
+    except NotImplementedError:  # a support without a bijection: a sphere, say
+        return True
+
+
+def is_factorized(site: Site) -> bool:
+    """Whether a site's elements are independent for certain."""
+    fn = site["fn"]
+    while isinstance(fn, dist.Independent | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return not fn.event_shape and not isinstance(fn, dist.MaskedDistribution)
+
+
+def constant_elements(site: Site) -> np.ndarray:
+    """Which elements of a site's draws do not vary, to rounding, though others do: bool ``[size]``."""
+    size = jnp.size(site["value"])
+    if size == 1:
+        return np.zeros(1, bool)
+    draws = np.asarray(site["fn"].sample(random.key(0), (_NUM_DRAWS,))).reshape(_NUM_DRAWS, size)
+    found = np.ptp(draws, axis=0) <= 4 * np.finfo(draws.dtype).eps * np.abs(draws).max(axis=0)
+    return np.zeros(size, bool) if found.all() else found
 
 
 def bounds_of_elements(site: Site) -> np.ndarray:

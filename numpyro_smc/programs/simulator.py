@@ -7,6 +7,7 @@ evaluate it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -19,7 +20,13 @@ from jax import Array, random
 from numpyro import handlers
 from numpyro.infer.inspect import get_dependencies
 
-from numpyro_smc.programs.element_priors import bounds_of_elements, density_of_elements
+from numpyro_smc.programs.element_priors import (
+    bounds_of_elements,
+    constant_elements,
+    density_of_elements,
+    is_factorized,
+    is_on_surface,
+)
 from numpyro_smc.programs.hidden_draws import Hides, is_tractable
 from numpyro_smc.programs.sites import Site, in_control_flow, is_latent, plate_scales
 from numpyro_smc.programs.unconstrained import RefuseImproper
@@ -65,6 +72,7 @@ class Simulator:
         user: str = "NRE",
     ) -> None:
         self.model, self.user = model, user
+        _check_program(model, user)
         self.params = _names(params, "params", user)
         self.observed = _names(observed, "observed", user)
         self.context = _names(context, "context", user) if len(context) else ()
@@ -76,6 +84,7 @@ class Simulator:
         self.context_size = sum(int(np.prod(self.shapes[name])) for name in self.context)
         self.event_shape = jax.eval_shape(lambda: self._output(trace)).shape
         self.elements = tuple(element for name in self.params for element in element_names(name, self.shapes[name]))
+        self.context_elements = tuple(e for name in self.context for e in element_names(name, self.shapes[name]))
         self.visible = self._visible(trace)
         self.hidden = frozenset(trace) - self.visible
         self.has_tractable_likelihood = is_tractable(model, trace, self.params, self.observed, self.context)
@@ -83,7 +92,11 @@ class Simulator:
     # ---- vectors ------------------------------------------------------------------------------------------------
 
     def ravel(self, values: Values) -> Array:
-        """Parameters as one vector, ``[..., D]``; leading axes are kept."""
+        """Parameters as one vector, ``[..., D]``; leading axes are kept.
+
+        :raises ValueError: if a site's value is missing or of another shape.
+        """
+        self._check_values(values, self.params, "parameter", "theta")
         return self._ravel(values, self.params)
 
     def ravel_context(self, values: Values) -> Array:
@@ -91,12 +104,7 @@ class Simulator:
 
         :raises ValueError: if a site's value is missing or of another shape.
         """
-        for name in self.context:
-            if name not in values:
-                raise ValueError(f"{self.user}: context site '{name}' has no value; pass context={{'{name}': ...}}.")
-            shape, expected = jnp.shape(values[name]), self.shapes[name]
-            if shape[len(shape) - len(expected) :] != expected:
-                raise ValueError(f"{self.user}: context site '{name}' has shape {shape}, but {expected} is expected.")
+        self._check_values(values, self.context, "context site", "context")
         return self._ravel(values, self.context)
 
     def unravel(self, theta: Array) -> Values:
@@ -189,9 +197,51 @@ class Simulator:
 
         return log_density
 
+    def priors(self) -> dict[str, Any]:
+        """The distributions of the parameters' sites, at one draw of whatever they depend on."""
+        return {name: site["fn"] for name, site in self._sites.items()}
+
+    def check_axes(self, chosen: np.ndarray, user: str) -> None:
+        """:raises ValueError: naming the site, where chosen elements cannot vary freely, as those of a simplex."""
+        first = 0
+        for name in self.params:
+            last = first + int(np.prod(self.shapes[name]))
+            if chosen[first:last].any() and is_on_surface(self._sites[name]):
+                raise ValueError(
+                    f"{user}: site '{name}' ({type(self._sites[name]['fn']).__name__}) has elements that cannot vary "
+                    f"freely, so its density has no values on a grid. Use sir or sample."
+                )
+            first = last
+
+    def are_independent_of_others(self, chosen: np.ndarray) -> bool:
+        """Whether the chosen elements are known to be independent of the others under the prior."""
+        if chosen.all():
+            return True
+        first = 0
+        for name in self.params:
+            last = first + int(np.prod(self.shapes[name]))
+            cut = chosen[first:last].any() and not chosen[first:last].all()
+            if not self._is_free(name) or (cut and not is_factorized(self._sites[name])):
+                return False
+            first = last
+        return True
+
+    def constant(self) -> np.ndarray:
+        """Which elements of the parameters are the same in all draws though others of their site are not, such as the
+        zeros of a triangular matrix: bool ``[D]``."""
+        return np.concatenate([constant_elements(self._sites[name]) for name in self.params])
+
     def support(self) -> np.ndarray:
         """Bounds of the parameters' elements, infinite where there are none: ``[D, 2]``."""
         return np.concatenate([bounds_of_elements(self._sites[name]) for name in self.params])
+
+    def _check_values(self, values: Values, names: Sequence[str], what: str, argument: str) -> None:
+        for name in names:
+            if name not in values:
+                raise ValueError(f"{self.user}: {what} '{name}' has no value; pass {argument}={{'{name}': ...}}.")
+            shape, expected = jnp.shape(values[name]), self.shapes[name]
+            if shape[len(shape) - len(expected) :] != expected:
+                raise ValueError(f"{self.user}: {what} '{name}' has shape {shape}, but {expected} is expected.")
 
     # ---- reading ------------------------------------------------------------------------------------------------
 
@@ -288,6 +338,20 @@ class Simulator:
 def _trace(program: Program) -> dict[str, Site]:
     with handlers.block():
         return handlers.trace(program).get_trace()
+
+
+def _check_program(model: Program, user: str) -> None:
+    if not callable(model):
+        raise ValueError(f"{user}: the simulator must be a program, got {model!r}.")
+    try:
+        parameters = inspect.signature(model).parameters.values()
+    except (TypeError, ValueError):  # of a callable that does not say
+        return
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed:
+        raise ValueError(
+            f"{user}: the simulator takes no arguments, but needs {', '.join(needed)}; bind them by functools.partial."
+        )
 
 
 def _names(names: str | Sequence[str], argument: str, user: str) -> tuple[str, ...]:

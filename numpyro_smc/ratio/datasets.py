@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +12,7 @@ from jax import Array, random
 
 from numpyro_smc.engines.checkpoint import identity_of
 
-__all__ = ["NonfinitePolicy", "RatioData", "SimulationData"]
+__all__ = ["NonfinitePolicy", "RatioData", "SimulationData", "are_finite", "check_policy"]
 
 #: ``"raise"``, ``"drop"``, or a function from outputs ``[n, *event]`` to finite outputs.
 NonfinitePolicy = str | Callable[[np.ndarray], Any]
@@ -50,14 +51,16 @@ class SimulationData(Protocol):
 class RatioData:
     """Simulations in memory.
 
-    Simulations that are not finite cannot be learnt from. Leaving them out means to infer under another prior, the
-    prior given that the simulation is finite, so that this is never done unless asked for.
+    Simulations that are not finite cannot be learnt from. Leaving them out trains on another law of the parameters, the
+    prior given that the simulation is finite, so that this is never done unless asked for; the parameters that failed
+    are kept, for a posterior to be corrected by the probability of a finite output.
 
     :param theta: parameters ``[n, D]``.
     :param x: outputs ``[n, *event]``.
     :param context: ``[n, C]``: what else the ratio depends on, such as a noise level.
     :param nonfinite: what to do with simulations that are not finite: ``"raise"``, ``"drop"``, or a function that
         replaces the outputs ``[n, *event]`` by finite ones, such as a clip.
+    :ivar failed: parameters ``[m, D]`` of the simulations that were left out.
     :raises ValueError: for shapes that do not fit, and for non-finite numbers as ``nonfinite`` says.
 
     **Example**
@@ -75,6 +78,7 @@ class RatioData:
     x: np.ndarray
     context: np.ndarray | None = None
     nonfinite: NonfinitePolicy = "raise"
+    failed: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         theta, x = np.asarray(self.theta), np.asarray(self.x)
@@ -86,12 +90,16 @@ class RatioData:
             )
         if context is not None and (context.ndim != 2 or len(context) != len(theta)):
             raise ValueError(f"RatioData: context must be [{len(theta)}, C], got shape {context.shape}.")
-        if not isinstance(self.nonfinite, str):
-            x = np.asarray(self.nonfinite(x))
-        elif self.nonfinite not in ("raise", "drop"):
-            raise ValueError(f"RatioData: nonfinite must be 'raise', 'drop' or a function, got {self.nonfinite!r}.")
-        theta, x, context = _finite(theta, x, context, drop=self.nonfinite == "drop")
-        for name, value in (("theta", theta), ("x", x), ("context", context)):
+        check_policy("RatioData", self.nonfinite)
+        if callable(self.nonfinite):
+            x = _replaced(x, self.nonfinite)
+        good = are_finite(theta, x, context, drop=self.nonfinite == "drop")
+        failed = theta[:0] if self.failed is None else np.asarray(self.failed)
+        if not good.all():
+            lost = theta[~good]
+            failed = np.concatenate([failed, lost[np.isfinite(lost).all(axis=1)]])
+            theta, x, context = theta[good], x[good], None if context is None else context[good]
+        for name, value in (("theta", theta), ("x", x), ("context", context), ("failed", failed)):
             object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
@@ -116,7 +124,11 @@ class RatioData:
         return len(self) // batch_size
 
     def first(self, num: int) -> RatioData:
-        return self if num >= len(self) else self.rows(slice(num))
+        if num >= len(self):
+            return self
+        assert self.failed is not None
+        share = math.ceil(len(self.failed) * num / len(self))
+        return replace(self.rows(slice(num)), failed=self.failed[:share])
 
     def split(self, rng_key: Array, fraction: float) -> tuple[RatioData, RatioData]:
         """Simulations for training and for validation, chosen at random.
@@ -137,15 +149,32 @@ class RatioData:
         return identity_of("", self.theta, self.x, self.context).tobytes().hex()
 
 
-def _finite(
-    theta: np.ndarray, x: np.ndarray, context: np.ndarray | None, drop: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def check_policy(user: str, nonfinite: Any) -> None:
+    """:raises ValueError: unless it says what to do with simulations that are not finite."""
+    if nonfinite not in ("raise", "drop") if isinstance(nonfinite, str) else not callable(nonfinite):
+        raise ValueError(f"{user}: nonfinite must be 'raise', 'drop' or a function, got {nonfinite!r}.")
+
+
+def _replaced(x: np.ndarray, policy: Callable[[np.ndarray], Any]) -> np.ndarray:
+    found = np.asarray(policy(x))
+    if found.shape != x.shape:
+        raise ValueError(
+            f"RatioData: nonfinite=f must return outputs of the shape that it is given, {x.shape}, not {found.shape}."
+        )
+    return found
+
+
+def are_finite(theta: np.ndarray, x: np.ndarray, context: np.ndarray | None, drop: bool) -> np.ndarray:
+    """Which simulations are finite, ``[n]``.
+
+    :raises ValueError: if some are not, unless they are to be dropped; if none is.
+    """
     good_theta, good_x = np.isfinite(theta).all(axis=1), np.isfinite(x.reshape(len(x), -1)).all(axis=1)
     good = good_theta & good_x
     if context is not None:
         good &= np.isfinite(context).all(axis=1)
     if good.all():
-        return theta, x, context
+        return good
     if not drop:
         raise ValueError(
             f"RatioData: {(~good).sum()} of {len(good)} simulations are not finite ({(~good_x).sum()} outputs, "
@@ -154,4 +183,4 @@ def _finite(
         )
     if not good.any():
         raise ValueError(f"RatioData: none of {len(good)} simulations is finite.")
-    return theta[good], x[good], None if context is None else context[good]
+    return good

@@ -71,11 +71,14 @@ class Marginal:
                 f"Marginal.grid: {num} cells for each of {size} parameters are more than {_MOST_CELLS:,}. Ask for "
                 f"fewer parameters or cells, or use sample."
             )
-        log_prior = self.estimator.simulator.prior_of_elements(self.chosen)
+        simulator = self.estimator.simulator
+        simulator.check_axes(self.chosen, "Marginal.grid")
+        log_prior = simulator.prior_of_elements(self.chosen)
+        log_mass = self._log_prior_mass()
         axes = self.axes(num, bounds)
         points = jnp.asarray(np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], -1))
         points = points.astype(jnp.result_type(float))
-        log_density = self._log_ratios(self._full(points)) + jax.vmap(log_prior)(points)
+        log_density = self._log_ratios(self._full(points)) + jax.vmap(log_prior)(points) - log_mass
         return Grid.of(axes, np.asarray(log_density, float).reshape((num,) * size), self.elements, self._is_calibrated)
 
     def axes(self, num: int, bounds: Sequence[tuple[float, float]] | None = None) -> list[np.ndarray]:
@@ -123,12 +126,32 @@ class Marginal:
         simulator = self.estimator.simulator
         return simulator.ravel({name: draws[name] for name in simulator.params})[:, self.chosen]
 
+    def _log_prior_mass(self) -> float:
+        """Log of the prior's probability of a truncated region, as far as it bounds these elements."""
+        box, simulator = self.estimator.box, self.estimator.simulator
+        if box is None:
+            return 0.0
+        if self.chosen.all():
+            return box.log_prior_mass
+        if not simulator.are_independent_of_others(self.chosen):
+            raise ValueError(
+                f"Marginal.grid: {', '.join(self.elements)} depend on other parameters under the prior, whose "
+                f"truncation bounds these too, so the density of their marginal is not known. Use sir or sample."
+            )
+        draws = jax.vmap(simulator.prior)(random.split(random.key(0), _DRAWS))
+        return float(jnp.log(box.contains(draws, self.chosen).mean()))
+
     @property
     def _is_calibrated(self) -> bool:
         return self.estimator.loss.calibrated
 
     def _bounds(self) -> np.ndarray:
         known = self.estimator.simulator.support()[self.chosen]
+        box = self.estimator.box
+        if box is not None:
+            known = np.stack(
+                [np.maximum(known[:, 0], box.low[self.chosen]), np.minimum(known[:, 1], box.high[self.chosen])], -1
+            )
         if np.isfinite(known).all():
             return known
         draws = np.asarray(self.estimator.prior(random.key(0), _DRAWS))[:, self.chosen]

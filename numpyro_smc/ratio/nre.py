@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Sequence
@@ -14,17 +15,25 @@ from jax import Array, lax, random
 from numpyro_smc.engines.checkpoint import AnyLength, load_pytree
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.simulator import Program, Simulations, Simulator
-from numpyro_smc.ratio.datasets import RatioData
+from numpyro_smc.ratio.datasets import RatioData, check_policy
+from numpyro_smc.ratio.description import check_same_nre, check_same_simulator, describe_network, describe_simulator
 from numpyro_smc.ratio.estimator import RatioEstimator
+from numpyro_smc.ratio.finiteness import Finiteness, FinitenessWeights
 from numpyro_smc.ratio.losses import RatioLoss, ratio_loss
 from numpyro_smc.ratio.masks import MaskLaw, SelectionMask, parse_masks
 from numpyro_smc.ratio.networks import Embedding, Network, residual_mlp
+from numpyro_smc.ratio.offline import check_failures, check_from_prior, check_varies
 from numpyro_smc.ratio.ratio_network import RatioNetwork
+from numpyro_smc.ratio.seen import Seen
 from numpyro_smc.ratio.stored_data import StoredData, write
 from numpyro_smc.ratio.training import fit
+from numpyro_smc.ratio.training_checks import check_made_of
 from numpyro_smc.ratio.truncation import Box, draw_within, truncated
 
 _CHUNK = 4096
+_ROWS = 2**18
+_FINITENESS = 0x66696E69
+_PRIOR = 0x7072696F
 
 
 class NRE:
@@ -57,8 +66,9 @@ class NRE:
     :param embedding: of the outputs: :func:`~numpyro_smc.ratio.networks.from_equinox`, ``from_flax``, ``embedding_of``.
     :param standardize_x: whether the outputs' elements are standardised.
     :param log_parameters: names of positive sites or elements whose logarithm is standardised.
-    :param nonfinite: what to do with outputs that are not finite: ``"raise"``; ``"drop"``, which changes the prior to
-        the parameters that give finite outputs; or a function of the outputs ``[n, *event]`` that returns finite ones.
+    :param nonfinite: what to do with outputs that are not finite: ``"raise"``; ``"drop"``, which leaves them out of the
+        training and learns the probability of a finite output beside the ratio, by which posteriors are then corrected;
+        or a function of the outputs ``[n, *event]`` that returns finite ones, to which observations are put as well.
     :raises ValueError: naming the site, for whatever a :class:`~numpyro_smc.programs.simulator.Simulator` refuses; for
         subsets that keep nothing.
 
@@ -108,6 +118,8 @@ class NRE:
         log_parameters: Sequence[str] = (),
         nonfinite: Any = "raise",
     ) -> None:
+        check_policy("NRE", nonfinite)
+        check_made_of(loss=loss, trunk=trunk, embedding=embedding)
         self.simulator = Simulator(simulator, params, observed, context)
         self.loss = ratio_loss(loss, num_classes, gamma) if isinstance(loss, str) else loss
         if masks is None or isinstance(masks, MaskLaw):
@@ -123,6 +135,7 @@ class NRE:
             self.simulator.context_size,
             standardize_x,
             self.simulator.mask(log_parameters) if len(log_parameters) else None,
+            constant if (constant := self.simulator.constant()).any() else None,
         )
         self.nonfinite = nonfinite
         self._simulate = jax.jit(self._simulate_rows, static_argnums=2)
@@ -162,7 +175,7 @@ class NRE:
         """Simulations on disk, never all in memory; the same call again goes on where an interrupted one stopped.
 
         :param folder: where to write; made if absent.
-        :param num: how many in all; more than the folder holds adds to it.
+        :param num: how many in all; more than the folder holds adds to it, and fewer are its first.
         :param part_size: simulations of a file. **batch_size** - simulations at a time.
         :param file_format: ``"npz"``, or ``"hdf5"``, which needs h5py.
         """
@@ -178,7 +191,7 @@ class NRE:
             num,
             part_size=part_size,
             file_format=file_format,
-            settings={"elements": self.simulator.elements, "observed": self.simulator.observed},
+            settings=describe_simulator(self.simulator, self.nonfinite),
             nonfinite=self.nonfinite,
             progress_bar=progress_bar,
         )
@@ -212,6 +225,9 @@ class NRE:
     ) -> RatioEstimator:
         """Simulate, and train the network.
 
+        Parameters of given data must be draws from the prior: the ratio belongs to their law, and the posterior is
+        multiplied by the prior. Stored ones must be of this simulator.
+
         :param num_simulations: how many to draw, unless there are data.
         :param data: instead, what :meth:`simulate`, :meth:`simulate_to` or :meth:`data_of` returned; a tuple for the
             last; or a folder or file of stored simulations.
@@ -219,7 +235,15 @@ class NRE:
         :param options: of :func:`~numpyro_smc.ratio.training.fit`: ``batch_size``, ``max_epochs``, ``learning_rate``,
             ``schedule``, ``patience``, ``checkpoint``, ``progress_bar``, ...
         :return: a :class:`RatioEstimator`; its ``training`` is the record.
+        :raises ValueError: naming what differs, for data of another simulator or prior, and for what
+            :func:`~numpyro_smc.ratio.training.fit` refuses.
+        :raises FloatingPointError: if no epoch had a finite loss.
         """
+        if options.get("log_weight") is not None:
+            raise ValueError(
+                "NRE.train: with log_weight the network learns what another ratio lacks, which is not the ratio of "
+                "these posteriors. Call numpyro_smc.ratio.training.fit, and add both log ratios."
+            )
         if (num_simulations is None) == (data is None):
             raise ValueError("NRE.train: pass either num_simulations or data.")
         simulation_key, training_key = random.split(rng_key)
@@ -230,8 +254,17 @@ class NRE:
             data = StoredData(data, nonfinite=self.nonfinite)
         elif isinstance(data, tuple):
             data = self.data_of(data)
+        check_made_of(data=data)
+        some = data.first(_ROWS)
+        if num_simulations is None:
+            self._check_data(data, some, box)
+        check_varies(some.theta, self.simulator.constant(), self.simulator.elements)
+        finiteness = None
+        if self.nonfinite == "drop":
+            key = random.fold_in(rng_key, _FINITENESS)
+            finiteness = Finiteness.beside(self.network).train(key, some, self.masks)
         training = fit(training_key, self.network, self.loss, data, masks=self.masks, **options)
-        return self._estimator(training.weights, box, training)
+        return self._estimator(training.weights, box, finiteness, Seen.of(some), training)
 
     def train_rounds(
         self,
@@ -274,41 +307,65 @@ class NRE:
 
         :raises ValueError: naming what differs, for the file of another one.
         """
-        some = self._simulations(random.key(0), 4, None, 4)
-        weights = self.network.init(random.key(0), *some)
-        like = {"description": AnyLength("uint8"), "weights": weights, "box": Box.everywhere(self.simulator.size)}
+        theta, x, context = self._simulate(random.split(random.key(0), 4), None, 4)
+        weights = self.network.init(random.key(0), theta, x, context)
+        like = {
+            "description": AnyLength("uint8"),
+            "weights": weights,
+            "box": Box.everywhere(self.simulator.size),
+            "seen": Seen.of(RatioData(theta, x, context, np.nan_to_num)),
+            "finiteness": Finiteness.beside(self.network).init(random.key(0), theta) if self._drops else None,
+        }
         try:
             contents = load_pytree(path, like)
         except ValueError as error:
             raise ValueError(f"NRE.load: {error} Build the NRE with the arguments it was trained with.") from error
-        found = contents["description"].tobytes().decode()
-        if found != self._description:
-            raise ValueError(
-                f"NRE.load: '{os.fspath(path)}' is of another NRE.\n  found    {found}\n  expected {self._description}"
-            )
+        check_same_nre(path, contents["description"].tobytes(), self._description)
         box = contents["box"]
-        return self._estimator(contents["weights"], box if np.isfinite(box.low).any() else None, None)
+        box = box if np.isfinite(box.low).any() else None
+        return self._estimator(contents["weights"], box, contents["finiteness"], contents["seen"], None)
 
     # ---- pieces -------------------------------------------------------------------------------------------------
 
-    def _estimator(self, weights: Any, box: Box | None, training: Any) -> RatioEstimator:
+    @property
+    def _drops(self) -> bool:
+        return isinstance(self.nonfinite, str) and self.nonfinite == "drop"
+
+    def _estimator(
+        self, weights: Any, box: Box | None, finiteness: FinitenessWeights | None, seen: Seen, training: Any
+    ) -> RatioEstimator:
         return RatioEstimator(
             self.simulator,
             self.network,
             weights,
             self.loss,
             box=box,
-            description=self._description,
+            finiteness=finiteness,
+            seen=seen,
+            nonfinite=self.nonfinite,
+            description=json.dumps(self._description),
             training=training,
         )
 
     @property
-    def _description(self) -> str:
-        simulator = self.simulator
-        return (
-            f"params={simulator.elements}, observed={simulator.observed}{simulator.event_shape}, "
-            f"context={simulator.context}, loss={self.loss}, masks={self.masks}, marginals={self.network.marginals}"
+    def _description(self) -> dict[str, Any]:
+        return describe_simulator(self.simulator, self.nonfinite) | describe_network(
+            self.network, self.loss, self.masks
         )
+
+    def _check_data(self, data: Any, some: RatioData, box: Box | None) -> None:
+        """:raises ValueError: for given data of another simulator or prior, or without their failures."""
+
+        def draw(num: int) -> np.ndarray:
+            if box is not None:
+                return np.asarray(draw_within(random.key(_PRIOR), self.simulator.prior, box, num)[0])
+            return np.asarray(jax.jit(jax.vmap(self.simulator.prior))(random.split(random.key(_PRIOR), num)))
+
+        settings = getattr(data, "settings", {}).get("settings", {})
+        if "simulator" in settings:
+            check_same_simulator(f"'{data.path}'", settings, describe_simulator(self.simulator, self.nonfinite))
+        check_failures(some, self._drops, is_incomplete=getattr(data, "lacks_failures", False))
+        check_from_prior(np.concatenate([some.theta, some.failed]), draw, self.simulator.elements)
 
     def _subsets(self, subsets: Sequence[Any] | str) -> np.ndarray:
         """Masks from names, words and booleans."""

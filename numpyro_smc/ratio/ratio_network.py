@@ -16,7 +16,9 @@ from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.ratio.masks import parse_masks
 from numpyro_smc.ratio.networks import Embedding, Network, residual_mlp
 
-__all__ = ["RatioNetwork", "RatioWeights", "Standardization"]
+__all__ = ["RatioNetwork", "RatioWeights", "Standardization", "is_constant"]
+
+_ROUNDING = 4
 
 
 class Standardization(NamedTuple):
@@ -67,6 +69,8 @@ class RatioNetwork:
     :param context_size: numbers of the context, given with every output.
     :param standardize_x: whether outputs are standardised; elementwise, by the training data's moments.
     :param log_parameters: bool ``[D]``: parameters whose logarithm is standardised, for positive, heavy-tailed ones.
+    :param constant: bool ``[D]``: elements that are the same in all simulations by their nature, such as the zeros of
+        a triangular matrix. The trunk sees zero in their place.
     :raises ValueError: if both ``has_masks`` and ``marginals`` are given, or one does not fit the number of parameters.
 
     **Example**
@@ -97,6 +101,7 @@ class RatioNetwork:
     context_size: int = 0
     standardize_x: bool = True
     log_parameters: Any = None
+    constant: Any = None
 
     def __post_init__(self) -> None:
         check_positive("RatioNetwork", size=self.size)
@@ -108,13 +113,15 @@ class RatioNetwork:
         if self.marginals is not None:
             masks = parse_masks(self.marginals, self.size)
             object.__setattr__(self, "marginals", tuple(map(tuple, masks.tolist())))
-        if self.log_parameters is not None:
-            chosen = tuple(map(bool, np.asarray(self.log_parameters).reshape(-1).tolist()))
+        for name in ("log_parameters", "constant"):
+            if getattr(self, name) is None:
+                continue
+            chosen = tuple(map(bool, np.asarray(getattr(self, name)).reshape(-1).tolist()))
             if len(chosen) != self.size:
                 raise ValueError(
-                    f"RatioNetwork: log_parameters has {len(chosen)} entries, but there are {self.size} parameters."
+                    f"RatioNetwork: {name} has {len(chosen)} entries, but there are {self.size} parameters."
                 )
-            object.__setattr__(self, "log_parameters", chosen)
+            object.__setattr__(self, name, chosen)
 
     def init(self, rng_key: Array, theta: ArrayLike, x: ArrayLike, context: ArrayLike | None = None) -> RatioWeights:
         """Weights from the network's law, standardisation from the data.
@@ -131,8 +138,9 @@ class RatioNetwork:
                 f"RatioNetwork: parameters [n, {self.size}] and outputs [n, ...] of at least two simulations are "
                 f"needed, got shapes {theta.shape} and {x.shape}."
             )
-        moments = {"theta": _moments(self._unbounded(theta)), "x": _moments(x)}
-        (constant,) = np.nonzero(np.std(theta, axis=0) == 0)
+        moments = {"theta": _moments(np.asarray(self._unbounded(theta))), "x": _moments(x)}
+        known = np.zeros(self.size, bool) if self.constant is None else np.array(self.constant)
+        (constant,) = np.nonzero(is_constant(theta) & ~known)
         if len(constant):
             raise ValueError(
                 f"RatioNetwork: parameter number {constant[0]} is {theta[0, constant[0]]:g} in all simulations: there "
@@ -185,6 +193,8 @@ class RatioNetwork:
         if mask is not None and not self.has_masks:
             raise ValueError("RatioNetwork: the network takes no masks; build it with has_masks=True.")
         z = weights.standardization["theta"](self._unbounded(theta))
+        if self.constant is not None and any(self.constant):
+            z = jnp.where(np.array(self.constant), 0.0, z)
         trunk = weights.trained["trunk"]
         if self.marginals is not None:
             kept = jnp.asarray(self.marginals)
@@ -198,6 +208,8 @@ class RatioNetwork:
         mask = jnp.ones(self.size, bool) if mask is None else jnp.asarray(mask, bool)
         if mask.shape[-1:] != (self.size,):
             raise ValueError(f"RatioNetwork: masks must be [..., {self.size}], got shape {mask.shape}.")
+        if not isinstance(mask, jax.core.Tracer) and not np.asarray(mask).any(-1).all():
+            raise ValueError("RatioNetwork: a mask keeps no parameter; every mask must keep at least one.")
         return self.trunk.apply(trunk, jnp.where(mask, z, 0), jnp.where(mask, 1, -1).astype(z.dtype), features)[..., 0]
 
     def log_ratio(
@@ -252,7 +264,15 @@ class RatioNetwork:
         return jnp.asarray(context)
 
 
+def is_constant(values: Any) -> np.ndarray:
+    """Whether elements are the same in all rows, to the rounding of their dtype: bool ``[*event]``."""
+    values = np.asarray(values)
+    exact = not np.issubdtype(values.dtype, np.floating)
+    rounding = 0.0 if exact else _ROUNDING * np.finfo(values.dtype).eps * np.abs(values).max(axis=0)
+    return np.ptp(values, axis=0) <= rounding
+
+
 def _moments(values: Any) -> Standardization:
-    values = np.asarray(values, np.float64)
-    scale = values.std(axis=0, ddof=1)
-    return Standardization(jnp.asarray(values.mean(axis=0), float), jnp.asarray(np.where(scale > 0, scale, 1.0), float))
+    constant, values = is_constant(values), np.asarray(values, np.float64)
+    scale = np.where(constant, 1.0, values.std(axis=0, ddof=1))
+    return Standardization(jnp.asarray(values.mean(axis=0), float), jnp.asarray(scale, float))

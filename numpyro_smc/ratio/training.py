@@ -16,11 +16,13 @@ from tqdm import tqdm
 from numpyro_smc.engines.checkpoint import check_folder, identity_of
 from numpyro_smc.programs.arguments import check_if_given, check_positive
 from numpyro_smc.ratio.datasets import RatioData, SimulationData
+from numpyro_smc.ratio.description import digest_of
 from numpyro_smc.ratio.learning_rates import ConstantRate, LearningRate, learning_rate_schedule
 from numpyro_smc.ratio.losses import BalancedLoss, RatioLoss
 from numpyro_smc.ratio.masks import MaskLaw, default_mask_law
 from numpyro_smc.ratio.ratio_network import RatioNetwork, RatioWeights
 from numpyro_smc.ratio.steps import MAX_STEPS_PER_CALL, Batch, Program, as_batch, initial_state, train, validate
+from numpyro_smc.ratio.training_checks import check_kinds, check_learned, check_masks, check_number
 from numpyro_smc.ratio.training_result import RatioFit, TrainingProgress
 
 __all__ = ["fit"]
@@ -91,6 +93,7 @@ def fit(
     :return: a :class:`~numpyro_smc.ratio.training_result.RatioFit`.
     :raises ValueError: if an argument makes no sense, there are too few simulations for a batch, a batch has too few
         rows for the loss, or ``checkpoint`` is of another training.
+    :raises FloatingPointError: if no epoch had a finite loss.
 
     **Example**
 
@@ -113,24 +116,32 @@ def fit(
     """
     check_positive("fit", batch_size=batch_size, max_epochs=max_epochs)
     check_if_given("fit", steps_per_epoch=steps_per_epoch, patience=patience)
+    check_number("learning_rate", learning_rate, may_be_zero=True)
+    check_number("weight_decay", weight_decay, may_be_zero=True)
+    if clip_norm is not None:
+        check_number("clip_norm", clip_norm, remedy="None is for no limit.")
+    check_kinds(network=network, loss=loss, data=data, masks=masks, validation=validation, weights=weights)
     if keep not in ("best", "last"):
         raise ValueError(f"fit: keep must be 'best' or 'last', got {keep!r}.")
     if masks is not None and not network.has_masks:
         raise ValueError("fit: masks are given, but the network has none; build it with has_masks=True.")
     if network.has_masks and masks is None:
         masks = default_mask_law(network.size)
+    if masks is not None:
+        check_masks(masks, network.size)
     rule, step_rate = _rule_and_step_rate(schedule)
     program = Program(network, loss, masks, batch_size, weight_decay, clip_norm, log_weight, step_rate)
 
     init_key, split_key, epochs_key, validation_key = random.split(rng_key, 4)
     held_out = validation if isinstance(validation, RatioData) else None
-    if isinstance(validation, float | int):
+    if validation is not None and not isinstance(validation, RatioData):
         data, held_out = data.split(split_key, validation)
     if data.num_batches(batch_size) == 0:
         raise ValueError(
             f"fit: batch_size={batch_size} is more than the {len(data)} simulations to train on; lower it."
         )
     num_steps = steps_per_epoch or data.num_batches(batch_size)
+    start = None if weights is None else identity_of("", weights).tobytes().hex()
     if weights is None:
         some = data.first(_ROWS_FOR_MOMENTS)
         weights = network.init(init_key, some.theta, some.x, some.context)
@@ -138,10 +149,12 @@ def fit(
     validated = None if held_out is None else _Validation(program, held_out, validation_key)
 
     progress = TrainingProgress(initial_state(program, weights.trained), weights.trained)
-    identity = _identity(rng_key, program, data, held_out, num_steps, learning_rate, rule, max_epochs)
     check_folder("fit", checkpoint)
-    if checkpoint is not None and os.path.exists(checkpoint):
-        progress = progress.load(checkpoint, identity)
+    settings: dict[str, Any] = {}
+    if checkpoint is not None:
+        settings = _settings(rng_key, program, data, held_out, num_steps, learning_rate, rule, max_epochs, start)
+        if os.path.exists(checkpoint):
+            progress = progress.load(checkpoint, settings)
     epochs = _Epochs(program, standardization, data, num_steps, num_steps * max_epochs)
 
     ending = "all of them"
@@ -164,7 +177,7 @@ def fit(
                 row = {"epoch": number + 1, **row, "learning_rate": shown_rate}
                 progress = progress.followed_by(state, row | {"seconds": time.perf_counter() - started})
                 if checkpoint is not None:
-                    progress.save(checkpoint, identity)
+                    progress.save(checkpoint, settings)
                 bar.update()
                 shown = {name: f"{row[name]:.4g}" for name in ("loss", "validation_loss") if name in row}
                 bar.set_postfix(shown | {"best": progress.best_epoch})
@@ -172,6 +185,7 @@ def fit(
             if not progress.table:
                 raise
             ending = "interrupted"
+    check_learned(progress.monitored, keep, program, learning_rate)
     chosen = progress.best if keep == "best" else progress.state.trained
     return RatioFit(RatioWeights(chosen, standardization), list(progress.table), progress.best_epoch, ending)
 
@@ -196,6 +210,7 @@ class _Epochs:
     def run(self, state: Any, rng_key: Array, rate: float) -> tuple[Any, dict[str, float]]:
         losses, kept, done = np.empty(0), np.empty(0, bool), 0
         while done < self.num_steps:
+            done_before = done
             chunks_key, steps_key = random.split(random.fold_in(rng_key, done))
             for number, chunk in enumerate(self.data.chunks(chunks_key)):
                 chunk_key = random.fold_in(steps_key, number)
@@ -204,6 +219,11 @@ class _Epochs:
                 losses, kept, done = np.append(losses, chunk_losses), np.append(kept, chunk_kept), done + num
                 if done == self.num_steps:
                     break
+            if done == done_before:
+                raise ValueError(
+                    f"fit: no chunk of the data has batch_size={self.program.batch_size} simulations that are finite; "
+                    f"lower it, or raise the chunks' size."
+                )
         if not kept.all() and not self.has_warned:
             self.has_warned = True
             warnings.warn(
@@ -266,7 +286,7 @@ class _Validation:
         return {"validation_loss": float(losses.mean()), "validation_loss_sd": float(losses.std())}
 
 
-def _identity(
+def _settings(
     rng_key: Array,
     program: Program,
     data: SimulationData,
@@ -275,16 +295,27 @@ def _identity(
     learning_rate: float,
     rule: LearningRate,
     max_epochs: int,
-) -> np.ndarray:
-    """A digest of what a checkpoint must have been written with; shapes of the weights are compared besides."""
+    start: str | None,
+) -> dict[str, Any]:
+    """What a checkpoint must have been written with."""
     network = program.network
     has_horizon = isinstance(program.loss, BalancedLoss) or not isinstance(rule, ConstantRate)
-    description = [
-        np.asarray(random.key_data(rng_key)).tolist(),
-        (network.size, network.has_masks, network.marginals, network.context_size, network.log_parameters),
-        (program.loss, program.masks, program.batch_size, program.weight_decay, program.clip_norm),
-        (num_steps, learning_rate, rule, max_epochs if has_horizon else None),
-        data.digest(),
-        None if held_out is None else held_out.digest(),
-    ]
-    return identity_of(repr(description))
+    has_horizon |= program.step_rate is not None
+    architecture = (network.trunk, network.embedding, network.has_masks, network.marginals, network.context_size)
+    return {
+        "random key": np.asarray(random.key_data(rng_key)).tolist(),
+        "network": digest_of(*architecture, network.size, network.log_parameters, network.standardize_x),
+        "initial weights": start,
+        "loss": digest_of(program.loss),
+        "masks": digest_of(program.masks),
+        "log_weight": digest_of(program.log_weight),
+        "batch_size": program.batch_size,
+        "weight_decay": program.weight_decay,
+        "clip_norm": program.clip_norm,
+        "steps_per_epoch": num_steps,
+        "learning_rate": learning_rate,
+        "schedule": digest_of(rule, program.step_rate),
+        "max_epochs (which the schedule depends on)": max_epochs if has_horizon else None,
+        "simulations": data.digest(),
+        "validation": None if held_out is None else held_out.digest(),
+    }

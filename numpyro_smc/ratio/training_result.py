@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from numpyro_smc.engines.checkpoint import AnyLength, load_pytree, save_pytree
+from numpyro_smc.engines.checkpoint import AnyLength, as_text, load_pytree, save_pytree
+from numpyro_smc.ratio.description import as_json, first_difference
 from numpyro_smc.ratio.ratio_network import RatioWeights
 from numpyro_smc.ratio.steps import TrainingState
 from numpyro_smc.reports.plots import new_axes
@@ -47,25 +48,28 @@ class TrainingProgress:
         is_best = after.best_epoch == len(after.table)
         return after if is_best else TrainingProgress(state, self.best, after.table)
 
-    def save(self, path: str | os.PathLike[str], identity: np.ndarray) -> None:
-        table = np.frombuffer(json.dumps(self.table).encode(), np.uint8)
-        save_pytree(path, {"identity": identity, "state": self.state, "best": self.best, "table": table})
+    def save(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
+        texts = {"settings": as_text(json.dumps(settings)), "table": as_text(json.dumps(self.table))}
+        save_pytree(path, {"state": self.state, "best": self.best, **texts})
 
-    def load(self, path: str | os.PathLike[str], identity: np.ndarray) -> TrainingProgress:
+    def load(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> TrainingProgress:
         """The training saved in ``path``, of the same network as this one.
 
-        :raises ValueError: if it is of another network, or of other data or settings.
+        :raises ValueError: if it is of another network, or of other data or settings, naming what differs.
         """
-        like = {"identity": identity, "state": self.state, "best": self.best, "table": AnyLength("uint8")}
+        texts = {"settings": AnyLength("uint8"), "table": AnyLength("uint8")}
+        like = {"state": self.state, "best": self.best, **texts}
         remedy = "Pass what wrote it, name another file, or delete this one."
         try:
             contents = load_pytree(path, like)
         except ValueError as error:
             raise ValueError(f"fit: checkpoint {error} {remedy}") from error
-        if not np.array_equal(contents["identity"], identity):
+        difference = first_difference(json.loads(contents["settings"].tobytes()), as_json(settings))
+        if difference is not None:
+            name, one, other = difference
             raise ValueError(
-                f"fit: checkpoint '{os.fspath(path)}' is of other simulations, other settings or another random key. "
-                f"{remedy}"
+                f"fit: checkpoint '{os.fspath(path)}' is of other simulations, other settings or another random key: "
+                f"{name} is {one!r} in it, but {other!r} here. {remedy}"
             )
         table = tuple(json.loads(contents["table"].tobytes()))
         return TrainingProgress(contents["state"], contents["best"], table)

@@ -34,9 +34,12 @@ class Box(NamedTuple):
         """No truncation of ``size`` parameters."""
         return cls(jnp.full(size, -jnp.inf), jnp.full(size, jnp.inf))
 
-    def contains(self, theta: Array) -> Array:
-        """Whether vectors ``[..., D]`` lie inside."""
-        return jnp.all((theta >= self.low) & (theta <= self.high), -1)
+    def contains(self, theta: Array, chosen: Any = True) -> Array:
+        """Whether vectors ``[..., D]`` lie inside.
+
+        :param chosen: bool ``[D]``: the elements that count.
+        """
+        return jnp.all((theta >= self.low) & (theta <= self.high) | ~jnp.asarray(chosen), -1)
 
 
 def draw_within(rng_key: Array, prior: Callable[[Array], Array], box: Box, num: int) -> tuple[Array, float]:
@@ -79,7 +82,8 @@ def truncated(rng_key: Array, estimator: RatioEstimator, x_obs: Any, context: An
         margin = _MARGIN * (particles.max(0) - particles.min(0))
         low = np.maximum(particles.min(0) - margin, np.asarray(draws).min(0))
         high = np.minimum(particles.max(0) + margin, np.asarray(draws).max(0))
-    box = Box(jnp.asarray(low), jnp.asarray(high))
+    constant = estimator.simulator.constant()
+    box = Box(jnp.where(constant, -jnp.inf, low), jnp.where(constant, jnp.inf, high))
     return box._replace(log_prior_mass=draw_within(mass_key, estimator.simulator.prior, box, _DRAWS)[1])
 
 

@@ -111,7 +111,7 @@ def made_up(**changes):
 
 
 def test_the_verdict_counts_what_speaks_against_the_value():
-    assert made_up().verdict.startswith("Trustworthy")
+    assert made_up().verdict.startswith("No sign of trouble")
     assert "1 of 3 elements have a standard error" in made_up(per_datapoint_error=jnp.array([0.1, 0.9, 0.2])).verdict
     assert "1 of 3 elements hang on" in made_up(ess=jnp.array([12.0, 1.1, 9.0])).verdict
     assert "3 of 3 elements have chains that accept" in made_up(acceptance=jnp.full((20, 3), 0.05)).verdict
@@ -121,7 +121,7 @@ def test_the_verdict_counts_what_speaks_against_the_value():
 def test_a_few_bad_elements_of_many_are_mentioned_but_do_not_condemn():
     errors = jnp.full(200, 0.1).at[7].set(2.0)
     found = made_up(per_datapoint=jnp.zeros(200), per_datapoint_error=errors, ess=jnp.full(200, 9.0), acceptance=None)
-    assert found.verdict.startswith("Trustworthy") and "But 1 of 200 elements" in found.verdict
+    assert found.verdict.startswith("No sign of trouble") and "But 1 of 200 elements" in found.verdict
 
 
 def test_totals_table_and_plots():

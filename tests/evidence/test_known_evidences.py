@@ -45,7 +45,7 @@ def assert_right(found, truth, largest_error):
     assert_unbiased_evidence([each.value for each in found], truth)
     assert sum(abs(each.value - truth) > 3 * each.standard_error for each in found) <= 2
     assert all(each.standard_error < largest_error for each in found)
-    assert all(each.verdict.startswith("Trustworthy") for each in found)
+    assert all(each.verdict.startswith("No sign of trouble") for each in found)
 
 
 @pytest.mark.parametrize("method", SIZES)

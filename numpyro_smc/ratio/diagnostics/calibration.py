@@ -12,7 +12,11 @@ from jax import Array, lax, random
 
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.simulator import Simulations
-from numpyro_smc.ratio.diagnostics.simulated_posteriors import log_posteriors, simulated_posteriors
+from numpyro_smc.ratio.diagnostics.simulated_posteriors import (
+    check_whole_prior,
+    log_posteriors,
+    simulated_posteriors,
+)
 from numpyro_smc.reports.uniformity import Uniformity, levels_of_ranks
 
 if TYPE_CHECKING:
@@ -43,7 +47,7 @@ def sbc(
     """
     run_key, rank_key = random.split(rng_key)
     found = simulated_posteriors(run_key, estimator, num_pairs, num_samples, _learned(estimator, params), **options)
-    chosen = estimator.simulator.mask(params)
+    chosen = estimator.simulator.mask(params) & ~estimator.simulator.constant()
     below = np.asarray(found.samples < found.theta[:, None]).sum(1)[:, chosen]
     levels = levels_of_ranks(random.uniform(rank_key, below.shape), below, 0, num_samples)
     names = tuple(np.asarray(estimator.elements)[chosen].tolist())
@@ -95,8 +99,10 @@ def marginal_coverage(
     1. *Arbitrary Marginal Neural Ratio Estimation for Simulation-based Inference*, F. Rozet, G. Louppe (2021)
     """
     check_positive("marginal_coverage", num_pairs=num_pairs, num=num)
+    check_whole_prior(estimator)
     pairs = estimator.simulate(rng_key, num_pairs)
     names = np.asarray(estimator.elements)[estimator.simulator.mask(params)].tolist()
+    estimator.simulator.check_axes(estimator.simulator.mask(params), "marginal_coverage")
     levels = [_levels_on_a_grid(estimator, pairs, name, num) for name in names]
     meaning = ("conservative", "overconfident")
     return Uniformity("Expected coverage of marginals", np.stack(levels, -1), tuple(names), meaning)
@@ -137,7 +143,7 @@ def tarp(
     run_key, reference_key, rank_key = random.split(rng_key, 3)
     found = simulated_posteriors(run_key, estimator, num_pairs, num_samples, **options)
     references = np.asarray(estimator.prior(reference_key, num_pairs))
-    scale = references.std(0)
+    scale = np.where(estimator.simulator.constant(), np.inf, references.std(0))
     true = np.linalg.norm((np.asarray(found.theta) - references) / scale, axis=-1)
     sampled = np.linalg.norm((np.asarray(found.samples) - references[:, None]) / scale, axis=-1)
     nearer = (sampled < true[:, None]).sum(1)

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax import Array, lax
+from jax import Array, lax, random
 
 from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.ratio.diagnostics.simulated_posteriors import check_whole_prior
 from numpyro_smc.reports.plots import new_axes
 from numpyro_smc.reports.summaries import mean_and_error
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from numpyro_smc.ratio.estimator import RatioEstimator
 
 _CHUNK = 10_000
+_PRIOR = 0x7072696F
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,6 +121,7 @@ def roc(
     1. *Likelihood-free MCMC with Amortized Approximate Ratio Estimators*, J. Hermans, V. Begy, G. Louppe (2020)
     """
     check_positive("roc", num_pairs=num_pairs)
+    check_whole_prior(estimator)
     theta, x, context = estimator.simulate(rng_key, num_pairs)
 
     def ratios(of: RatioEstimator, theta: Any) -> np.ndarray:
@@ -128,7 +131,10 @@ def roc(
         mapped = jax.jit(lambda rows: lax.map(one, rows, batch_size=min(_CHUNK, num_pairs)))
         return np.asarray(mapped((theta, x, context)), np.float64)
 
-    shuffled = np.roll(np.asarray(theta), 1, axis=0)
+    if not estimator.has_failures:
+        shuffled = np.roll(np.asarray(theta), 1, axis=0)
+    else:  # parameters of finite outputs do not follow the prior
+        shuffled = np.asarray(estimator.prior(random.fold_in(rng_key, _PRIOR), num_pairs))
     weights = np.ones(num_pairs) if adversary is None else np.exp(ratios(adversary, shuffled))
     return ClassifierReport(ratios(estimator, theta), ratios(estimator, shuffled), weights, estimator.loss.calibrated)
 

@@ -49,10 +49,7 @@ def simulated_posteriors(
     :param options: of :class:`~numpyro_smc.SMCSampler`.
     """
     check_positive("diagnostics", num_pairs=num_pairs, num_samples=num_samples, batch_size=batch_size)
-    if estimator.box is not None:
-        raise ValueError(
-            "diagnostics: the estimator is of a truncated prior; pairs of the whole prior are not its own."
-        )
+    check_whole_prior(estimator)
     pair_key, run_key = random.split(rng_key)
     theta, x, context = estimator.simulate(pair_key, num_pairs)
     batch_size = min(batch_size, num_pairs)
@@ -67,6 +64,14 @@ def simulated_posteriors(
         draws = _resampled(random.split(random.fold_in(key, 1), len(runs)), particles, _weights(runs))
         samples.append(np.asarray(draws)[first - rows.start :])
     return SimulatedPosteriors(theta, x, context, jnp.asarray(np.concatenate(samples)))
+
+
+def check_whole_prior(estimator: RatioEstimator) -> None:
+    """:raises ValueError: for an estimator of a truncated prior."""
+    if estimator.box is not None:
+        raise ValueError(
+            "diagnostics: the estimator is of a truncated prior; pairs of the whole prior are not its own."
+        )
 
 
 def _weights(runs: Sequence[SMCResult]) -> Array:
