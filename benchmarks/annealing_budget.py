@@ -35,6 +35,7 @@ from benchmarks.annealed_training import fill_table
 from benchmarks.inference_gap_training import Trained, add_arguments, train
 from models.images import Images, load_images
 from numpyro_smc import AIS, bidirectional
+from numpyro_smc.engines.checkpoint import replacing
 from numpyro_smc.reports.summaries import mean_and_error
 
 NAME = "annealing_budget"
@@ -69,7 +70,8 @@ def measure(
     else:
         found = sampler.run(rng_key, x, params=trained.params)
         values = np.asarray(found.per_datapoint, np.float64)
-        np.save(values_file(start, temperatures, options), values)
+        with replacing(values_file(start, temperatures, options)) as path, open(path, "wb") as file:
+            np.save(file, values)
         mean, error = mean_and_error(values)
         row = {"log p": mean, "log p s.e.": error, "mean log weight": float(np.mean(found.mean_log_weight))}
         acceptance = found.acceptance

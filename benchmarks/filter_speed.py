@@ -666,7 +666,9 @@ def measure_peer_alone(options: argparse.Namespace) -> list[dict[str, Any]]:
     settings = settings_of(options) | {"python": platform.python_version(), "numpy": np.__version__}
     folder = Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=2, default=str) + "\n")
+    temporary = folder / f".{name}.json.part"
+    temporary.write_text(json.dumps({"settings": settings, "rows": rows}, indent=2, default=str) + "\n")
+    temporary.replace(folder / f"{name}.json")
     for row in rows:
         print("  ".join(f"{column}={value}" for column, value in row.items()))
     print(f"\nmerge with: --merge {folder / f'{name}.json'}")

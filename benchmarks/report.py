@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 
+from numpyro_smc.engines.checkpoint import replacing
+
 PACKAGES = ("jax", "numpyro", "optax", "numpy", "numpyro_smc")
 
 
@@ -66,16 +68,17 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None
 def write(
     folder: str | os.PathLike[str], name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> Path:
-    """Write ``name.csv`` (the rows) and ``name.json`` (rows, settings, machine and versions)."""
+    """Write ``name.csv`` (the rows) and ``name.json`` (rows, settings, machine and versions), each whole or not."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with open(folder / f"{name}.csv", "w", newline="") as file:
+    with replacing(folder / f"{name}.csv") as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     document = {"environment": environment(), "settings": dict(settings), "rows": [dict(row) for row in rows]}
-    (folder / f"{name}.json").write_text(json.dumps(document, indent=2, default=str) + "\n")
+    with replacing(folder / f"{name}.json") as path:
+        path.write_text(json.dumps(document, indent=2, default=str) + "\n")
     return folder / f"{name}.csv"
 
 

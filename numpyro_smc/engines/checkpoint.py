@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
+import socket
 import tempfile
-import zipfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpyro.infer.svi import SVIState
+from numpyro.util import find_stack_level
 
+from numpyro_smc.engines.identity import Identity, check_same
 from numpyro_smc.programs.compiled import is_array
 
 __all__ = [
@@ -27,6 +31,7 @@ __all__ = [
     "as_text",
     "check_folder",
     "identity_of",
+    "kept_or_warned",
     "load_pytree",
     "load_run",
     "replacing",
@@ -35,24 +40,76 @@ __all__ = [
 ]
 
 
+_TRAILER = b"\nsha256"
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside ``path``, which becomes it in the end, complete, or not at all."""
-    path = os.path.abspath(path)
-    descriptor, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=f".{os.path.basename(path)}.")
+    """A temporary file beside ``path``, which becomes it in the end, complete, or not at all.
+
+    Files that processes which were killed on this machine left there are removed.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    _sweep(Path(folder), f".{name}.")
+    prefix = f".{name}.{socket.gethostname()}-{os.getpid()}-"
+    descriptor, temporary = tempfile.mkstemp(dir=folder, prefix=prefix, suffix=".part")
     os.close(descriptor)
     try:
         yield Path(temporary)
-        os.replace(temporary, path)
+        os.replace(temporary, os.path.join(folder, name))
     except BaseException:
         os.unlink(temporary)
         raise
 
 
+def _sweep(folder: Path, prefix: str) -> None:
+    of_host = f"{prefix}{socket.gethostname()}-"
+    for left in folder.iterdir() if folder.is_dir() else ():
+        if left.name.startswith(of_host) and left.name.endswith(".part"):
+            number = left.name.removeprefix(of_host).partition("-")[0]
+            if number.isdigit() and not _is_running(int(number)):
+                left.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def check_folder(user: str, checkpoint: str | os.PathLike | None) -> None:
-    """:raises ValueError: unless the folder of a checkpoint exists: before hours of work, not after them."""
-    if checkpoint is not None and not os.path.isdir(os.path.dirname(os.path.abspath(checkpoint))):
+    """:raises ValueError: unless a checkpoint can be written: before hours of work, not after them."""
+    if checkpoint is None:
+        return
+    path = os.path.abspath(checkpoint)
+    if not os.path.isdir(os.path.dirname(path)):
         raise ValueError(f"{user}: the folder of checkpoint='{os.fspath(checkpoint)}' does not exist; create it first.")
+    if os.path.isdir(path):
+        raise ValueError(f"{user}: checkpoint='{os.fspath(checkpoint)}' is a folder; name a file in it.")
+    try:
+        with tempfile.TemporaryFile(dir=os.path.dirname(path)) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise ValueError(
+            f"{user}: nothing can be written to the folder of checkpoint='{os.fspath(checkpoint)}': {error}. Name a "
+            f"file in another folder."
+        ) from error
+
+
+def kept_or_warned(save: Callable[[], None], user: str, path: str | os.PathLike) -> None:
+    """Save a run, or warn if that fails: what was computed is still in memory."""
+    try:
+        save()
+    except OSError as error:
+        warnings.warn(
+            f"{user}: checkpoint '{os.fspath(path)}' could not be written ({error}). The run goes on, and its result "
+            f"is in memory only.",
+            stacklevel=find_stack_level(),
+        )
 
 
 def identity_of(description: str, *trees: Any) -> np.ndarray:
@@ -95,10 +152,14 @@ def save_pytree(path: str | os.PathLike, tree: Any) -> None:
         arrays[f"leaf_{index}"] = _stored_form(leaf)
     arrays["manifest"] = np.frombuffer(json.dumps(manifest).encode(), np.uint8)
 
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as temporary:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        with open(temporary, "rb+") as file:
+            checksum = hashlib.file_digest(file, "sha256")
+            file.write(_TRAILER + checksum.digest())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def load_pytree(path: str | os.PathLike, like: Any) -> Any:
@@ -110,12 +171,7 @@ def load_pytree(path: str | os.PathLike, like: Any) -> Any:
     :return: a pytree like ``like`` with the values of the file.
     :raises ValueError: if it is no such file, or if structure, a shape or a dtype differ; the message names the leaf.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            manifest = json.loads(file["manifest"].tobytes())
-            stored = {entry["name"]: file[f"leaf_{index}"] for index, entry in enumerate(manifest)}
-    except (zipfile.BadZipFile, KeyError, EOFError, ValueError) as error:
-        raise ValueError(f"'{os.fspath(path)}' was not written by save_pytree, or is damaged: {error}") from error
+    manifest, stored = _read(path)
     found = {entry["name"]: entry for entry in manifest}
     named_likes, treedef = jax.tree_util.tree_flatten_with_path(like)
     expected = {jax.tree_util.keystr(key_path): leaf for key_path, leaf in named_likes}
@@ -137,20 +193,57 @@ def load_pytree(path: str | os.PathLike, like: Any) -> Any:
     return jax.tree.unflatten(treedef, [_restored_form(stored[name], leaf) for name, leaf in expected.items()])
 
 
-def save_run(path: str | os.PathLike, settings: str, contents: dict[str, Any]) -> None:
-    """:func:`save_pytree` with the settings of what ran."""
-    save_pytree(path, {**contents, "settings": as_text(settings)})
+def _read(path: str | os.PathLike) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Names, dtypes and shapes of the leaves in a file, and the leaves by name."""
+    raw = Path(path).read_bytes()
+    contents, trailer = raw[: -len(_TRAILER) - 32], raw[-len(_TRAILER) - 32 :]
+    has_checksum = trailer.startswith(_TRAILER)
+    if has_checksum and hashlib.sha256(contents).digest() != trailer[len(_TRAILER) :]:
+        raise ValueError(f"'{os.fspath(path)}' is damaged: its contents are not those of its checksum.")
+    try:
+        with np.load(io.BytesIO(raw), allow_pickle=False) as file:
+            manifest = json.loads(file["manifest"].tobytes())
+            stored = {entry["name"]: file[f"leaf_{index}"] for index, entry in enumerate(manifest)}
+        is_whole = all(
+            tuple(entry["shape"]) == stored[entry["name"]].shape
+            for entry in manifest
+            if not entry["dtype"].startswith("key<")
+        )
+    except Exception as error:  # whatever a damaged header makes of NumPy's reader
+        raise ValueError(f"'{os.fspath(path)}' was not written by save_pytree, or is damaged: {error}") from error
+    if not is_whole:
+        raise ValueError(f"'{os.fspath(path)}' is damaged: an array has another shape than was written.")
+    if not has_checksum:
+        warnings.warn(
+            f"'{os.fspath(path)}' has no checksum: it was written by an earlier version, and whether it is damaged "
+            f"cannot be told.",
+            stacklevel=find_stack_level(),
+        )
+    return manifest, stored
 
 
-def load_run(path: str | os.PathLike, settings: str, like: dict[str, Any], user: str, advice: str) -> dict[str, Any]:
+def save_run(path: str | os.PathLike, settings: str, contents: dict[str, Any], of: Identity) -> None:
+    """:func:`save_pytree` with the settings of what ran, and what it ran on."""
+    save_pytree(path, {**contents, "settings": as_text(settings), "of": as_text(json.dumps(dict(of)))})
+
+
+def load_run(
+    path: str | os.PathLike,
+    settings: str,
+    like: dict[str, Any],
+    of: Identity | Callable[[dict[str, Any]], Identity],
+    user: str,
+    advice: str,
+) -> dict[str, Any]:
     """Read a file of :func:`save_run`.
 
     :param like: the contents to expect, as for :func:`load_pytree`.
+    :param of: what the run must be of; may depend on the contents.
     :param advice: the end of each message.
-    :raises ValueError: if it is no such file, of other contents, or of other settings.
+    :raises ValueError: if it is no such file, of other contents, of other settings, or of other programs or data.
     """
     try:
-        contents = load_pytree(path, {**like, "settings": AnyLength("uint8")})
+        contents = load_pytree(path, {**like, "settings": AnyLength("uint8"), "of": AnyLength("uint8")})
     except ValueError as error:
         raise ValueError(f"{user}: checkpoint {error} {advice}") from error
     found = contents["settings"].tobytes().decode()
@@ -159,6 +252,9 @@ def load_run(path: str | os.PathLike, settings: str, like: dict[str, Any], user:
             f"{user}: checkpoint '{os.fspath(path)}' is of another sampler.\n  found    {found}\n"
             f"  expected {settings}\n{advice}"
         )
+    written = json.loads(contents["of"].tobytes())
+    expected = of(contents) if callable(of) else of
+    check_same(f"{user}: checkpoint '{os.fspath(path)}'", written, expected, advice)
     return contents
 
 
@@ -188,18 +284,15 @@ class Progress:
     def step(self) -> int:
         return len(self.losses)
 
-    def save(self, path: str | os.PathLike) -> None:
-        save_pytree(path, {**vars(self), "evaluations": as_text(json.dumps(self.evaluations))})
+    def save(self, path: str | os.PathLike, of: Identity) -> None:
+        save_run(path, "fit", {**vars(self), "evaluations": as_text(json.dumps(self.evaluations))}, of)
 
-    def load(self, path: str | os.PathLike) -> Progress:
+    def load(self, path: str | os.PathLike, of: Identity) -> Progress:
         """The run saved in ``path``, by the same training as this one."""
         like = {**vars(self), "losses": AnyLength(self.losses.dtype), "evaluations": AnyLength("uint8")}
-        try:
-            contents = load_pytree(path, like)
-        except ValueError as error:
-            raise ValueError(
-                f"fit: checkpoint {error} Pass the svi that wrote it, another file, or resume=False to overwrite it."
-            ) from error
+        advice = "Pass the svi and the data that wrote it, another file, or resume=False to overwrite it."
+        contents = load_run(path, "fit", like, of, "fit", advice)
+        del contents["settings"], contents["of"]
         evaluations = json.loads(contents["evaluations"].tobytes())
         return Progress(**{**contents, "evaluations": tuple((step, values) for step, values in evaluations)})
 

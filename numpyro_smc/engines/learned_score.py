@@ -20,6 +20,7 @@ from numpyro_smc.engines.path import Score
 from numpyro_smc.programs.guide_target import GuideTarget, State, moves
 from numpyro_smc.programs.plate_choice import chosen_plates
 from numpyro_smc.programs.sites import BatchPlates, Site, plate_scales
+from numpyro_smc.programs.tracing import TRACING
 
 NAME = PREFIX + "score"
 
@@ -100,7 +101,7 @@ def with_score(guide: Any, plates: Any, num_transitions: int) -> Any:
     """The same guide, which also declares the network."""
 
     def scored_guide(*args: Any, **kwargs: Any) -> Any:
-        with handlers.trace() as trace:
+        with TRACING, handlers.trace() as trace:
             result = guide(*args, **kwargs)
         declare(trace, plates, num_transitions)
         return result

@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,18 +20,19 @@ from numpyro.infer import SVI
 from numpyro.infer.svi import SVIState
 from tqdm import tqdm
 
-from numpyro_smc.engines.checkpoint import Progress, check_folder
+from numpyro_smc.engines.checkpoint import Progress, check_folder, kept_or_warned
+from numpyro_smc.engines.identity import identity
 from numpyro_smc.programs.arguments import check_callable, check_if_given, check_positive
-from numpyro_smc.programs.compiled import is_array
+from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.fingerprint import fingerprint
 from numpyro_smc.programs.inputs import as_data, as_params, check_names, check_program, one_key
+from numpyro_smc.programs.tracing import TRACING
 
 __all__ = ["FitResult", "fit"]
 
 _EVALUATION_STREAM = 0x6576616C
 _MAX_STEPS_PER_CALL = 1024
-_MAX_CACHED_PER_SVI = 8
-_TRACED = object()
-_COMPILED: weakref.WeakKeyDictionary[SVI, list] = weakref.WeakKeyDictionary()
+_COMPILED: weakref.WeakKeyDictionary[SVI, dict[bool, Compiled]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(repr=False)
@@ -116,16 +117,17 @@ def fit(
 ) -> FitResult:
     """Run ``svi.update`` for ``num_steps`` steps: the same steps as :meth:`~numpyro.infer.svi.SVI.run` takes.
 
-    * **Compiled once.** Arrays in ``args`` and ``kwargs`` are traced; anything else (numbers, strings, functions) is
-      static, as in ``jax.jit``. Another call with the same ``svi``, shapes and static values compiles nothing, whatever
-      its ``num_steps`` and ``chunk_size``; what model and guide close over must therefore not change between calls.
+    * **Compiled once.** Arrays and floats in ``args`` and ``kwargs`` are traced; anything else (integers, flags,
+      strings, functions) is static. Another call with the same ``svi``, shapes and static values compiles nothing,
+      whatever its ``num_steps`` and ``chunk_size``, unless something has changed that model, guide or loss close over.
     * **Non-finite steps are skipped.** A step whose loss is not finite, or that turns a finite number of the parameters
       or of the optimiser's or mutable state into a non-finite one, changes nothing but the random key. The first is
       warned of, all are counted.
     * **Ctrl-C** ends the training and returns what was done so far.
     * **Restarts are exact.** With ``checkpoint``, the same call continues where the last one ended, by Ctrl-C or by a
       crash, and ends with the numbers of an uninterrupted run (on the same machine) to the bit. A larger ``num_steps``
-      continues a finished run; one already reached returns at once.
+      continues a finished run; one already reached returns at once. A checkpoint of another model, guide, optimiser,
+      loss or data is refused.
 
     :param svi: an :class:`~numpyro.infer.svi.SVI`.
     :param rng_key: random key; not used for training when ``init_state`` is given or a checkpoint is resumed.
@@ -146,7 +148,7 @@ def fit(
     :param forward_mode_differentiation: passed to ``svi.update``.
     :param kwargs: keyword arguments of model and guide.
     :return: a :class:`FitResult`.
-    :raises ValueError: if an argument makes no sense, or ``checkpoint`` is of another model, guide or optimiser.
+    :raises ValueError: if an argument makes no sense, or ``checkpoint`` is of another training, naming what differs.
 
     **Example**
 
@@ -195,16 +197,25 @@ def fit(
     periods = [every for every in (chunk_size, evaluate_every, checkpoint_every) if every]
     check_folder("fit", checkpoint)
 
+    untouched = fingerprint(svi.model, svi.guide)
     if init_state is None or svi.constrain_fn is None:
-        fresh_state = svi.init(rng_key, *args, init_params=init_params, **kwargs)
+        with TRACING:
+            fresh_state = svi.init(rng_key, *args, init_params=init_params, **kwargs)
         check_names("fit", "init_params", init_params or {}, svi.get_params(fresh_state))
         init_state = fresh_state if init_state is None else init_state
+    parts = {"model": svi.model, "guide": svi.guide, "optimizer": svi.optim, "loss": svi.loss}
+    parts["data"] = (args, {**svi.static_kwargs, **kwargs})
+    of = {} if checkpoint is None else identity("fit", untouched.changed(), **parts)
     evaluation_key = jax.random.fold_in(rng_key, _EVALUATION_STREAM)
     progress = saved = Progress(_without_weak_types(init_state), evaluation_key, np.zeros(0, jnp.result_type(float)))
     if checkpoint is not None and resume and os.path.exists(checkpoint):
-        progress = saved = progress.load(checkpoint)
+        progress = saved = progress.load(checkpoint, of)
     program = _Program(svi, args, kwargs, forward_mode_differentiation)
     interrupted = False
+
+    def save(progress: Progress) -> None:
+        if checkpoint is not None:
+            kept_or_warned(lambda: progress.save(checkpoint, of), "fit", checkpoint)
 
     def evaluated(progress: Progress) -> Progress:
         step, done = progress.step, dict(progress.evaluations)
@@ -237,14 +248,14 @@ def fit(
                     bar.update(progress.step - bar.n)
                 progress = evaluated(progress)
                 report(progress, bar)
-                if checkpoint is not None and checkpoint_every and progress.step % checkpoint_every == 0:
-                    progress.save(checkpoint)
+                if checkpoint_every and progress.step % checkpoint_every == 0:
+                    save(progress)
                     saved = progress
         except KeyboardInterrupt:
             interrupted = True
         finally:
-            if checkpoint is not None and progress is not saved:
-                progress.save(checkpoint)
+            if progress is not saved:
+                save(progress)
     params, evaluations = svi.get_params(progress.state), list(progress.evaluations)
     return FitResult(params, progress.state, progress.losses, evaluations, progress.num_skipped, interrupted)
 
@@ -253,12 +264,12 @@ class _Program:
     """Steps of ``svi`` on one set of arguments, in calls short enough for Ctrl-C to be heard within about a second."""
 
     def __init__(self, svi: SVI, args: tuple, kwargs: dict[str, Any], forward_mode_differentiation: bool) -> None:
-        leaves, treedef = jax.tree.flatten((args, kwargs))
-        static = [_TRACED if is_array(leaf) else leaf for leaf in leaves]
-        self.arrays = [jnp.asarray(leaf) for leaf in leaves if is_array(leaf)]
-        meshes = [leaf.sharding.mesh for leaf in self.arrays if isinstance(leaf.sharding, NamedSharding)]
+        self.arguments = args, kwargs
+        arrays = [leaf for leaf in jax.tree.leaves(self.arguments) if isinstance(leaf, jax.Array)]
+        meshes = [leaf.sharding.mesh for leaf in arrays if isinstance(leaf.sharding, NamedSharding)]
         self.replicated = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-        self.run = _compiled_steps(svi, treedef, static, forward_mode_differentiation)
+        kept = _COMPILED.setdefault(svi, {})
+        self.run = kept.setdefault(forward_mode_differentiation, Compiled(_Steps(svi, forward_mode_differentiation)))
         self.steps_per_call = 1
         self.has_warned = False
 
@@ -268,7 +279,7 @@ class _Program:
         state = progress.state
         if self.replicated is not None:  # as later calls find it: another placement would be another program
             state = jax.tree.map(lambda x: x if len(x.devices()) > 1 else jax.device_put(x, self.replicated), state)
-        state, losses, kept = self.run(state, np.int32(num_steps), self.arrays)
+        state, losses, kept = self.run(state, np.int32(num_steps), *self.arguments)
         losses, kept = np.asarray(losses)[:num_steps], np.asarray(kept)[:num_steps]
         elapsed = time.perf_counter() - started
         if elapsed < 0.25:
@@ -286,30 +297,31 @@ class _Program:
         return replace(progress, state=state, losses=np.append(progress.losses, losses), num_skipped=num_skipped)
 
 
-def _compiled_steps(svi: SVI, treedef: Any, static: list, forward_mode_differentiation: bool) -> Callable:
-    """``(state, num_steps, arrays) -> (state, losses, kept)``, the same function for the same static values.
+class _Steps:
+    """``(state, num_steps, args, kwargs) -> (state, losses, kept)``.
 
     The number of steps is traced, so one program serves chunks of all lengths, and a restart repeats the very same
     arithmetic wherever it cuts the chunks.
     """
-    constraints = getattr(svi.constrain_fn, "args", svi.constrain_fn)
-    program = (svi.model, svi.guide, svi.loss, svi.optim, constraints, forward_mode_differentiation, static)
-    key = (*jax.tree.flatten(program), treedef)
-    cached = _COMPILED.setdefault(svi, [])
-    for other, compiled in cached:
-        if key[1:] == other[1:] and all(map(_is_same, key[0], other[0])):
-            return compiled
-    svi_reference = weakref.ref(svi)
 
-    @jax.jit
-    def run(state: SVIState, num_steps: Array, arrays: list[Array]) -> tuple[SVIState, Array, Array]:
-        svi: Any = svi_reference()
-        remaining = iter(arrays)
-        args, kwargs = treedef.unflatten([next(remaining) if leaf is _TRACED else leaf for leaf in static])
+    def __init__(self, svi: SVI, forward_mode_differentiation: bool) -> None:
+        self.svi = weakref.ref(svi)
+        self.forward_mode_differentiation = forward_mode_differentiation
+
+    def __fingerprint__(self) -> tuple[Any, ...]:
+        svi: Any = self.svi()
+        constraints = getattr(svi.constrain_fn, "args", svi.constrain_fn)
+        return svi.model, svi.guide, svi.loss, svi.optim, svi.static_kwargs, constraints
+
+    def __call__(
+        self, state: SVIState, num_steps: Array, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[SVIState, Array, Array]:
+        svi: Any = self.svi()
+        forward = self.forward_mode_differentiation
 
         def step(index: Array, carry: tuple) -> tuple:
             state, losses, kept = carry
-            new, loss = svi.update(state, *args, forward_mode_differentiation=forward_mode_differentiation, **kwargs)
+            new, loss = svi.update(state, *args, forward_mode_differentiation=forward, **kwargs)
             before, after = ((*s[:2], svi.get_params(s)) for s in (state, new))
             keep = jnp.isfinite(loss) & _stays_finite(before, after)
             chosen = jax.tree.map(lambda a, b: jnp.where(keep, a, b), tuple(new[:2]), tuple(state[:2]))
@@ -317,16 +329,6 @@ def _compiled_steps(svi: SVI, treedef: Any, static: list, forward_mode_different
 
         losses, kept = jnp.zeros(_MAX_STEPS_PER_CALL), jnp.ones(_MAX_STEPS_PER_CALL, bool)
         return lax.fori_loop(0, num_steps, step, (state, losses, kept))
-
-    cached.append((key, run))
-    del cached[:-_MAX_CACHED_PER_SVI]
-    return run
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    if is_array(a) and is_array(b):
-        return a is b or (a.dtype == b.dtype and np.array_equal(a, b))
-    return a is b or (type(a) is type(b) and isinstance(a, Hashable) and bool(a == b))
 
 
 def _is_inexact(leaf: Any) -> bool:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, random
 
-from numpyro_smc.engines.checkpoint import load_pytree, save_pytree
+from numpyro_smc.engines.checkpoint import load_run, save_run
 from numpyro_smc.engines.chunks import in_chunks
+from numpyro_smc.engines.identity import identity
 from numpyro_smc.engines.particles import Move, ParticleState, run
 from numpyro_smc.filtering import streaming
 from numpyro_smc.filtering.result import FilterResult, History
@@ -250,12 +251,23 @@ class ParticleFilter:
 
     def save(self, path: Any, state: FilterState) -> None:
         """Write a running state to a file (``.npz``); :meth:`load` reads it back."""
-        save_pytree(path, state._replace(program=None))
+        save_run(path, "stream", {"state": state._replace(program=None)}, self._identity(state.program))
 
     def load(self, path: Any, *args: Any, params: dict[str, Any] | None = None, **kwargs: Any) -> FilterState:
-        """Read a running state, given the arguments that :meth:`init` was given."""
+        """Read a running state, given the arguments that :meth:`init` was given.
+
+        :raises ValueError: if the file is damaged, or of another model, guide, resampling, ``params`` or arguments.
+        """
         fresh = self.init(random.key(0), *args, params=params, **kwargs)
-        return load_pytree(path, fresh._replace(program=None))._replace(program=fresh.program)
+        like, of = {"state": fresh._replace(program=None)}, self._identity(fresh.program)
+        advice = "Pass the filter and the arguments that the stream was started with, or another file."
+        contents = load_run(path, "stream", like, of, "ParticleFilter.load", advice)
+        return contents["state"]._replace(program=fresh.program)
+
+    def _identity(self, program: Any) -> dict[str, str]:
+        params, args, kwargs = program
+        parts = {"model": self.model, "guide": self.guide, "resampling": self.resampling}
+        return identity("ParticleFilter", self._compiled_init.ignored, **parts, params=params, arguments=(args, kwargs))
 
 
 def _answer(particle_filter: ParticleFilter, question: Any, *args: Any) -> Any:

@@ -21,6 +21,7 @@ from numpyro_smc.programs.arguments import check_callable, check_positive, named
 from numpyro_smc.programs.density import Params, Program
 from numpyro_smc.programs.sites import Site, in_control_flow, is_latent, plate_scales
 from numpyro_smc.programs.supports import Supported
+from numpyro_smc.programs.tracing import TRACING
 from numpyro_smc.reports.annealing import AnnealingDiagnostics
 
 
@@ -110,7 +111,7 @@ class AutoDSMCS(AutoGuide):
             raise ValueError("AutoDSMCS: it draws at random; call it under handlers.seed.")
         params_key, path_key, model_key = random.split(rng_key, 3)
         params = self._present_params(params_key, args, kwargs)
-        with handlers.block():
+        with TRACING, handlers.block():
             run_key, path = self.sampler.path(path_key, params, self.model, self.base, args, kwargs)
             drawn, log_evidence = draw(run_key, path, self.sampler, remat=self.sampler.remat)
             seeded = handlers.seed(Supported(self.model), model_key)
@@ -180,7 +181,7 @@ class AutoDSMCS(AutoGuide):
     def _present_params(self, rng_key: Array, args: Any, kwargs: Any) -> Params:
         """State the parameters of base guide, sampler and model, and take their values from the handlers outside."""
         base_key, model_key = random.split(rng_key)
-        with handlers.trace() as trace, handlers.block(hide_fn=lambda site: site["type"] != "param"):
+        with TRACING, handlers.trace() as trace, handlers.block(hide_fn=lambda site: site["type"] != "param"):
             proposed = handlers.trace(handlers.seed(self._wrapped, base_key)).get_trace(*args, **kwargs)
             handlers.seed(handlers.replay(self.model, trace=proposed), model_key)(*args, **kwargs)
         return {name: site["value"] for name, site in trace.items()}

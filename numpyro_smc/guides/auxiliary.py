@@ -19,6 +19,7 @@ from numpyro_smc.guides.transforms.affine_coupling import AffineCouplingTransfor
 from numpyro_smc.guides.transforms.amortised import network
 from numpyro_smc.programs.arguments import check_callable, check_positive
 from numpyro_smc.programs.density import Program
+from numpyro_smc.programs.tracing import TRACING
 
 #: From a vector and the context (``None`` without one) to ``(loc, scale)`` of a Gaussian; may state parameters.
 ConditionalGaussian = Callable[[Array, Array | None], tuple[Array, Array]]
@@ -129,7 +130,7 @@ class AuxiliaryFlowGuide:
             return jnp.concatenate(self._moments("forward", z, context), axis=-1)
 
         # The density is asked for after the program has run: the parameters are stated now.
-        with handlers.trace() as trace:
+        with TRACING, handlers.trace() as trace:
             moments(loc, context)
         params = {name: site["value"] for name, site in trace.items() if site["type"] == "param"}
         forward = handlers.block(handlers.substitute(moments, data=params))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from numpyro_smc.engines.checkpoint import replacing
 from numpyro_smc.evidence.bidirectional import BoundsFromBothSides
 from numpyro_smc.evidence.estimate import LARGE_ERROR
 from numpyro_smc.programs.pareto import LARGE_PARETO_K
@@ -115,7 +116,7 @@ class InferenceGap:
                 f"num_steps_{name}": self.num_steps[name],
                 f"converged_{name}": self.converged[name],
             }
-        with open(path, "w", newline="") as file:
+        with replacing(path) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["datum", *columns])
             writer.writerows([n, *row] for n, row in enumerate(zip(*columns.values(), strict=True)))

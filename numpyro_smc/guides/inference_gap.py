@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
-from numpyro_smc.engines.checkpoint import identity_of
+from numpyro_smc.engines.identity import identity
 from numpyro_smc.evidence.ais import AIS
 from numpyro_smc.evidence.bidirectional import BoundsFromBothSides, bidirectional
 from numpyro_smc.evidence.estimate import log_mean_and_error
@@ -157,7 +157,17 @@ def inference_gap(
         size,
         like=like,
         checkpoint=checkpoint,
-        identity=identity_of(description, rng_key, params, args, kwargs),
+        of=identity(
+            _USER,
+            _inspector(model).ignored,
+            model=model,
+            guide=guide,
+            families=[optimizer.family for optimizer in optimizers.values()],
+            configuration=description,
+            random_key=(rng_key,),
+            params=params,
+            data=(args, kwargs),
+        ),
         user=_USER,
         progress_bar=progress_bar,
     )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
-from numpyro_smc.engines.checkpoint import identity_of
+from numpyro_smc.engines.identity import identity
 from numpyro_smc.guides.data_rows import DataRows, check_rows, data_rows, inspector
 from numpyro_smc.guides.local_search import GAUSSIANS, optima
 from numpyro_smc.guides.resumable import over_rows
@@ -208,7 +208,17 @@ class LocalOptimizer:
             min(self.batch_size, rows.num),
             like=lambda: self.shapes(model, guide, params, rows),
             checkpoint=checkpoint,
-            identity=identity_of(self.description, rng_key, params, args, kwargs),
+            of=identity(
+                _USER,
+                _inspector(model).ignored,
+                model=model,
+                guide=guide,
+                family=self.family,
+                configuration=self.description,
+                random_key=(rng_key,),
+                params=params,
+                data=(args, kwargs),
+            ),
             user=_USER,
             progress_bar=progress_bar,
         )

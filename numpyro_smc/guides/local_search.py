@@ -20,6 +20,7 @@ from numpyro_smc.evidence.estimate import log_mean_and_error
 from numpyro_smc.guides.data_rows import DataRows
 from numpyro_smc.guides.starts import Start, encoder_start, plain_start
 from numpyro_smc.programs.density import Params, Program, log_weights
+from numpyro_smc.programs.tracing import TRACING
 
 if TYPE_CHECKING:
     from numpyro_smc.guides.local import LocalOptimizer
@@ -126,7 +127,7 @@ def _parametrised(
     for number, start in enumerate(starts):
         guide = _make_guide(optimizer, model, start, optimizer.starts[number])
         seeded = handlers.seed(guide, random.fold_in(rng_key, number))
-        with handlers.block():
+        with TRACING, handlers.block():
             trace = handlers.trace(seeded).get_trace(*args, **kwargs)
         sites = {name: site for name, site in trace.items() if site["type"] == "param"}
         values = {name: site["value"] for name, site in sites.items()}

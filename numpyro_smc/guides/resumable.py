@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from numpyro_smc.engines.checkpoint import check_folder, load_pytree, save_pytree
+from numpyro_smc.engines.checkpoint import check_folder, kept_or_warned, load_run, save_run
+from numpyro_smc.engines.identity import Identity
 from numpyro_smc.evidence.rows import batches
 
 
@@ -19,7 +21,7 @@ def over_rows(
     *,
     like: Callable[[], Any],
     checkpoint: str | os.PathLike[str] | None,
-    identity: np.ndarray,
+    of: Identity,
     user: str,
     progress_bar: bool,
 ) -> tuple[Any, bool]:
@@ -28,13 +30,13 @@ def over_rows(
     :param work: from the first of ``size`` rows to a pytree of arrays ``[size, ...]``.
     :param like: shapes and dtypes of what ``work`` returns; called to read a checkpoint only.
     :param checkpoint: file written after every ``size`` rows, from which the same work continues.
-    :param identity: of the work; see :func:`~numpyro_smc.engines.checkpoint.identity_of`.
+    :param of: what the work is of; see :func:`~numpyro_smc.engines.identity.identity`.
     :raises ValueError: if the checkpoint is of other work.
     """
     done, results = 0, None
     check_folder(user, checkpoint)
     if checkpoint is not None and os.path.exists(checkpoint):
-        done, results = _load(checkpoint, _empty(like(), num_rows), identity, user)
+        done, results = _load(checkpoint, _empty(like(), num_rows), of, user)
     with tqdm(total=num_rows, initial=done, unit="datum", desc=user, disable=not progress_bar) as bar:
         try:
             for first, repeated in batches(num_rows, size):
@@ -46,24 +48,22 @@ def over_rows(
                 done = first + size
                 bar.update(done - bar.n)
                 if checkpoint is not None:
-                    save_pytree(checkpoint, {"identity": identity, "done": done, "results": results})
+                    contents = {"done": done, "results": results}
+                    kept_or_warned(partial(save_run, checkpoint, user, contents, of), user, checkpoint)
         except KeyboardInterrupt:
             if not done:
                 raise
     return jax.tree.map(lambda leaf: leaf[:done], results), done < num_rows
 
 
-def _load(path: str | os.PathLike[str], results: Any, identity: np.ndarray, user: str) -> tuple[int, Any]:
-    reason = "it was written for other data, parameters, settings or another random key."
+def _load(path: str | os.PathLike[str], results: Any, of: Identity, user: str) -> tuple[int, Any]:
+    advice = "Pass what wrote it, name another file, or delete this one."
     try:
-        saved = load_pytree(path, {"identity": identity, "done": 0, "results": results})
+        saved = load_run(path, user, {"done": 0, "results": results}, of, user, advice)
     except ValueError as error:
-        saved, reason = None, str(error)
-    if saved is None or not np.array_equal(saved["identity"], identity):
         raise ValueError(
-            f"{user}: checkpoint '{os.fspath(path)}' is of another configuration: {reason} Pass what wrote it, name "
-            f"another file, or delete this one."
-        )
+            f"{user}: checkpoint '{os.fspath(path)}' is of another configuration, or damaged: {error}"
+        ) from error
     return saved["done"], saved["results"]
 
 

@@ -15,6 +15,7 @@ from numpyro_smc.programs.automatic_guides import latent_vector
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.sites import is_latent
 from numpyro_smc.programs.supports import check_bijection
+from numpyro_smc.programs.tracing import TRACING
 from numpyro_smc.programs.unconstrained import FreeOfImproper
 
 _JITTER = 1e-6
@@ -46,7 +47,7 @@ class Start(NamedTuple):
 
 def plain_start(kind: str, rng_key: Array, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Start:
     """Scales of one, around zero (``"zeros"``) or uniform numbers on (-2, 2) (``"random"``)."""
-    with handlers.block():
+    with TRACING, handlers.block():
         trace = handlers.trace(handlers.seed(FreeOfImproper(model), rng_key)).get_trace(*args, **kwargs)
     values, scales = {}, {}
     for number, (name, site) in enumerate((name, site) for name, site in trace.items() if is_latent(site)):

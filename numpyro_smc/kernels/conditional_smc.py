@@ -33,6 +33,7 @@ from numpyro_smc.programs.replay import depends_on_past, transition_density
 from numpyro_smc.programs.resample import Decision, build, no_conditional
 from numpyro_smc.programs.resampling import Scheme, resolve
 from numpyro_smc.programs.sequence import Program, Sequence
+from numpyro_smc.programs.tracing import TRACING
 
 
 class ConditionalSMCState(NamedTuple):
@@ -309,7 +310,8 @@ class ConditionalSMC(MCMCKernel):
 
         def with_deterministic(z: Path) -> Path:
             given = handlers.substitute(handlers.seed(self._model, random.key(0)), data=self.params | z)
-            trace = handlers.trace(given).get_trace(*model_args, **(model_kwargs or {}))
+            with TRACING:
+                trace = handlers.trace(given).get_trace(*model_args, **(model_kwargs or {}))
             return z | {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}
 
         return with_deterministic

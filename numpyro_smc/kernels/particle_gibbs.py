@@ -22,6 +22,7 @@ from numpyro_smc.programs.pinned import Path, path_sites
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.sequence import Program
 from numpyro_smc.programs.supports import Supported, check_bijection, log_prob
+from numpyro_smc.programs.tracing import TRACING
 from numpyro_smc.programs.unconstrained import FreeOfImproper, is_improper
 
 
@@ -241,7 +242,8 @@ class ParticleGibbs(Gibbs):
 
         def log_densities(z: Any) -> dict[str, Array]:
             given = handlers.substitute(handlers.seed(self._model, random.key(0)), data=constrain(z))
-            trace = handlers.trace(given).get_trace(*args, **kwargs)
+            with TRACING:
+                trace = handlers.trace(given).get_trace(*args, **kwargs)
             return {name: jnp.sum(log_prob(s["fn"], s["value"])) for name, s in trace.items() if s["type"] == "sample"}
 
         each = log_densities if is_prng_key(state.rng_key) else jax.vmap(log_densities)

@@ -28,6 +28,7 @@ from numpyro_smc.programs.inputs import as_data
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme
 from numpyro_smc.programs.sequence import Program
+from numpyro_smc.programs.tracing import TRACING
 
 
 class ParticleMetropolisState(NamedTuple):
@@ -394,7 +395,7 @@ class ParticleMetropolis(MCMCKernel):
             return target.latents.values(parameters)
         values = path | target.latents.constrain(parameters)
         given = handlers.substitute(handlers.seed(self.model, random.key(0)), data=self._likelihood.params | values)
-        with handlers.block():
+        with TRACING, handlers.block():
             trace = handlers.trace(given).get_trace(*args, **kwargs)
         return values | {name: site["value"] for name, site in trace.items() if site["type"] == "deterministic"}
 

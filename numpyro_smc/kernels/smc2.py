@@ -12,6 +12,8 @@ import numpy as np
 from jax import Array, random
 from tqdm import tqdm
 
+from numpyro_smc.engines.checkpoint import kept_or_warned
+from numpyro_smc.engines.identity import identity
 from numpyro_smc.kernels.estimated_likelihood import EstimatedLikelihood
 from numpyro_smc.kernels.smc2_checks import (
     check_file,
@@ -24,11 +26,12 @@ from numpyro_smc.kernels.smc2_checks import (
 from numpyro_smc.kernels.smc2_progress import Progress, StepReport, load_progress, show
 from numpyro_smc.kernels.smc2_result import SMC2Result
 from numpyro_smc.kernels.smc2_stages import Filters, Moves, SMC2State, advance_all, exchange, rejuvenate, start
-from numpyro_smc.programs.compiled import Compiled
+from numpyro_smc.programs.compiled import Compiled, is_array
 from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme, resolve
 from numpyro_smc.programs.sequence import Program
+from numpyro_smc.programs.tracing import TRACING
 
 _GROWTH = 16
 
@@ -198,7 +201,7 @@ class SMC2:
     ) -> SMC2Result:
         """Take in a series.
 
-        Arrays in ``args`` and ``kwargs`` are traced, anything else is static, as in ``jax.jit``: a second run with the
+        Arrays and floats in ``args`` and ``kwargs`` are traced, anything else is static: a second run with the
         same shapes compiles nothing. **Ctrl-C** ends the run and returns the posterior of the data taken in so far.
 
         :param rng_key: random key; not used if a checkpoint is resumed.
@@ -244,8 +247,9 @@ class SMC2:
         args, kwargs = self._likelihood.checked(args, kwargs, SMC2, SMC2.resume)
         check_file(checkpoint, checkpoint_every)
         if isinstance(result, SMC2Result):
-            check_settings(result.settings, self._settings)
             progress = result.progress
+            of = self._identity(args, kwargs, progress.num_steps)
+            check_settings(result.settings, self._settings, result.of, of)
         else:
             progress = self._load(result, args, kwargs)
         return self._carry(progress, args, kwargs, until, progress_bar, checkpoint, checkpoint_every)
@@ -256,7 +260,7 @@ class SMC2:
         :raises ValueError: if the file is of another model or of other options.
         """
         args, kwargs = self._likelihood.checked(args, kwargs, SMC2.load)
-        return SMC2Result(self._load(path, args, kwargs), self._settings, int(self._length(args, kwargs)), False)
+        return self._result(self._load(path, args, kwargs), args, kwargs, False)
 
     def num_compiled(self) -> int:
         """How many programs have been compiled, for tests of recompilation."""
@@ -275,23 +279,53 @@ class SMC2:
         checkpoint: str | os.PathLike | None,
         checkpoint_every: int,
     ) -> SMC2Result:
-        length = int(self._length(args, kwargs))
-        until = checked_until(until, progress.num_steps, length)
+        until = checked_until(until, progress.num_steps, int(self._length(args, kwargs)))
         interrupted, saved = False, None
+
+        def save() -> None:
+            if checkpoint is not None:
+                of = self._identity(args, kwargs, progress.num_steps)
+                kept_or_warned(lambda: progress.save(checkpoint, self._settings, of), "SMC2", checkpoint)
+
         with tqdm(total=until, initial=progress.num_steps, desc="step", disable=not progress_bar) as bar:
             try:
                 while progress.num_steps < until:
                     progress = self._next(progress, args, kwargs)
                     show(bar, progress)
-                    if checkpoint is not None and progress.num_steps % checkpoint_every == 0:
-                        progress.save(checkpoint, self._settings)
+                    if progress.num_steps % checkpoint_every == 0:
+                        save()
                         saved = progress
             except KeyboardInterrupt:
                 interrupted = True
             finally:
-                if checkpoint is not None and progress is not saved:
-                    progress.save(checkpoint, self._settings)
-        return SMC2Result(progress, self._settings, length, interrupted)
+                if progress is not saved:
+                    save()
+        return self._result(progress, args, kwargs, interrupted)
+
+    def _result(
+        self, progress: Progress, args: tuple[Any, ...], kwargs: dict[str, Any], interrupted: bool
+    ) -> SMC2Result:
+        of = self._identity(args, kwargs, progress.num_steps)
+        return SMC2Result(progress, self._settings, of, int(self._length(args, kwargs)), interrupted)
+
+    def _identity(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_steps: int) -> dict[str, str]:
+        """What a run of the first steps is of: of arrays with a row a step, the rows taken in."""
+        length, likelihood = int(self._length(args, kwargs)), self._likelihood
+
+        def taken_in(leaf: Any) -> Any:
+            if is_array(leaf) and np.ndim(leaf) and np.shape(leaf)[0] == length:
+                return leaf[:num_steps]
+            return "length" if type(leaf) is int and leaf == length else leaf
+
+        return identity(
+            "SMC2",
+            self._length.ignored,
+            model=likelihood.model,
+            guide=likelihood.guide,
+            params=likelihood.params,
+            past_data=jax.tree.map(taken_in, (args, kwargs)),
+            resampling=(resolve(likelihood.resampler), likelihood.resample),
+        )
 
     def _next(self, progress: Progress, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Progress:
         """Take in one observation."""
@@ -327,9 +361,11 @@ class SMC2:
 
     def _load(self, path: str | os.PathLike, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Progress:
         def outline(num_states: int) -> Any:
-            return jax.eval_shape(partial(self._start_run, random.key(0), num_states, args, kwargs))
+            with TRACING:
+                return jax.eval_shape(partial(self._start_run, random.key(0), num_states, args, kwargs))
 
-        return load_progress(path, self._settings, outline, "SMC2")
+        of = partial(self._identity, args, kwargs)
+        return load_progress(path, self._settings, outline, of, "SMC2")
 
 
 def _settings(smc2: SMC2) -> str:

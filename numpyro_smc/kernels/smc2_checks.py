@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from numpyro_smc.engines.checkpoint import check_folder
+from numpyro_smc.engines.identity import Identity, check_same
 from numpyro_smc.kernels.smc2_stages import PROPOSALS, SMC2State
 from numpyro_smc.programs.arguments import check_between, check_if_given, check_number, check_positive
 
@@ -50,13 +51,15 @@ def check_file(checkpoint: str | os.PathLike | None, checkpoint_every: int) -> N
     check_folder("SMC2", checkpoint)
 
 
-def check_settings(found: str, expected: str) -> None:
-    """:raises ValueError: unless a result is of a sampler with the same options."""
+def check_settings(found: str, expected: str, found_of: Identity, of: Identity) -> None:
+    """:raises ValueError: unless a result is of a sampler with the same options, programs and past data."""
     if found != expected:
         raise ValueError(
             f"SMC2.resume: the result is of another sampler.\n  found    {found}\n  expected {expected}\n"
             f"Pass it to the sampler that made it, or to one with the same options."
         )
+    advice = "Pass the sampler that made it, and the observations it has taken in, with what is known beyond."
+    check_same("SMC2.resume: the result", found_of, of, advice)
 
 
 def check_start(state: SMC2State) -> None:

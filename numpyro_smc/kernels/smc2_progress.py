@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
 from numpyro_smc.engines.checkpoint import AnyLength, as_text, load_run, save_run
+from numpyro_smc.engines.identity import Identity
 from numpyro_smc.kernels.smc2_stages import SMC2State
 
 #: Levels of the quantiles of parameters that are recorded at every step.
@@ -84,7 +85,7 @@ class Progress:
         row = np.concatenate([np.asarray(report, np.float64), np.asarray(_raveled(state), np.float64)])
         return Progress(self.rng_key, state, np.concatenate([self.history.reshape(-1, len(row)), row[None]]))
 
-    def save(self, path: str | os.PathLike, settings: str) -> None:
+    def save(self, path: str | os.PathLike, settings: str, of: Identity) -> None:
         contents = {
             "key kind": as_text(str(random.key_impl(self.rng_key))),
             "key": random.key_data(self.rng_key).ravel(),
@@ -93,13 +94,14 @@ class Progress:
             "history": np.ravel(self.history),
             "state": [np.ravel(leaf) for leaf in jax.tree.leaves(self.state)],
         }
-        save_run(path, settings, contents)
+        save_run(path, settings, contents, of)
 
 
-def load_progress(path: str | os.PathLike, settings: str, outline: Any, user: str) -> Progress:
+def load_progress(path: str | os.PathLike, settings: str, outline: Any, of: Any, user: str) -> Progress:
     """The run saved in ``path``, by the same sampler.
 
     :param outline: number of state particles to the shapes of a state of the program at hand.
+    :param of: number of steps taken in to what the run must be of.
     :raises ValueError: if the file is of another program or sampler.
     """
     advice = "Pass the sampler and the model's arguments that wrote it, or another file."
@@ -111,7 +113,7 @@ def load_progress(path: str | os.PathLike, settings: str, outline: Any, user: st
         "history": AnyLength("float64"),
         "state": [AnyLength(leaf.dtype) for leaf in jax.tree.leaves(outline(1))],
     }
-    contents = load_run(path, settings, like, user, advice)
+    contents = load_run(path, settings, like, lambda contents: of(contents["num_steps"]), user, advice)
     leaves, treedef = jax.tree.flatten(outline(contents["num_state_particles"]))
     for value, leaf in zip(contents["state"], leaves, strict=True):
         if value.size != leaf.size:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, random
 
+from numpyro_smc.engines.identity import Identity
 from numpyro_smc.filtering.smoothing.genealogy import draw_final, take
 from numpyro_smc.kernels.smc2_progress import LEVELS, Progress, Summary, last_states
 from numpyro_smc.programs.arguments import check_positive, checked_levels
@@ -36,8 +37,9 @@ class SMC2Result:
     :ivar interrupted: whether Ctrl-C ended the run.
     """
 
-    def __init__(self, progress: Progress, settings: str, length: int, interrupted: bool) -> None:
+    def __init__(self, progress: Progress, settings: str, of: Identity, length: int, interrupted: bool) -> None:
         self.progress, self.settings, self.length, self.interrupted = progress, settings, length, interrupted
+        self.of = of
         log_weights = progress.state.log_weights
         self.samples: dict[str, Array] = progress.state.particles.parameters
         self.log_weights = log_weights - jax.nn.logsumexp(log_weights) + jnp.log(float(len(log_weights)))
@@ -176,7 +178,7 @@ class SMC2Result:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the run to a file (``.npz``), from which :meth:`SMC2.resume` and :meth:`SMC2.load` go on."""
-        self.progress.save(path, self.settings)
+        self.progress.save(path, self.settings, self.of)
 
     @cached_property
     def _summaries(self) -> Summary:

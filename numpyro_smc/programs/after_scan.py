@@ -14,6 +14,7 @@ from numpyro_smc.programs.draws import CloudDraws
 from numpyro_smc.programs.scans import Fixed, Trace, holds_sites, is_scan, names_in_scan
 from numpyro_smc.programs.series import Series
 from numpyro_smc.programs.sites import BatchPlates, log_density
+from numpyro_smc.programs.tracing import TRACING
 
 
 class AfterScan:
@@ -160,6 +161,6 @@ def run_after(
     around = Messenger() if slicing is None else slicing
     if slicing is not None:
         slicing.passed = passing
-    with handlers.block(), handlers.trace() as trace, draws, given, passing, around:
+    with TRACING, handlers.block(), handlers.trace() as trace, draws, given, passing, around:
         program() if arguments is None else program(*arguments)
     return {name: site for name, site in trace.items() if site.get("after scan")}

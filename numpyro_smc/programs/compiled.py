@@ -34,7 +34,8 @@ class Compiled:
         self.fn = fn
         self._programs: OrderedDict[Hashable, Callable[..., Any]] = OrderedDict()
         self._known: OrderedDict[int, Fingerprint] = OrderedDict()
-        self._ignored: Ignored = {}
+        #: What the function itself changed while it was traced, which is no part of what it computes with.
+        self.ignored: Ignored = {}
         self._need_static: OrderedDict[Hashable, None] = OrderedDict()
 
     def __fingerprint__(self) -> tuple[Any, ...]:
@@ -77,7 +78,7 @@ class Compiled:
         """The fingerprint of a value as it is now."""
         known = self._known.get(id(value))
         if known is None or not known.holds():
-            known = fingerprint(value, ignored=self._ignored)
+            known = fingerprint(value, ignored=self.ignored)
             _put(self._known, id(value), known)
         return known
 
@@ -111,7 +112,7 @@ class Compiled:
             for token in tokens:
                 changed |= token.changed() if isinstance(token, Fingerprint) else {}
             if changed:  # by the program itself, while it was traced
-                self._ignored = self._ignored | changed
+                self.ignored = self.ignored | changed
                 tokens = tuple(self._again(t, leaf) for t, leaf in zip(tokens, leaves, strict=True))
                 key = (treedef, tokens, self._again(version, self.fn))
             _put(self._programs, key, program)
@@ -120,7 +121,7 @@ class Compiled:
     def _again(self, token: Any, value: Any) -> Any:
         if not isinstance(token, Fingerprint):
             return token
-        _put(self._known, id(value), new := fingerprint(value, ignored=self._ignored))
+        _put(self._known, id(value), new := fingerprint(value, ignored=self.ignored))
         return new
 
 

@@ -34,6 +34,7 @@ from numpyro_smc.programs.sites import (
     unscaled_log_density,
 )
 from numpyro_smc.programs.supports import is_narrower
+from numpyro_smc.programs.tracing import TRACING
 
 Program = Callable[..., Any]
 Params = dict[str, Any]
@@ -120,7 +121,7 @@ class Pair:
     ) -> Draw:
         """Run the guide for the particle ``index``; values of sites with ``is_score`` get no gradient."""
         draws = _Draws(rng_key, index, self.plate_key)
-        with handlers.block(), _StopGradient(is_score), handlers.trace() as trace, draws:
+        with TRACING, handlers.block(), _StopGradient(is_score), handlers.trace() as trace, draws:
             self._run(self.guide, params)
         return Draw(with_proper_dummies(trace), tuple(draws.handed_out))
 
@@ -132,14 +133,14 @@ class Pair:
             if site["type"] == "plate" or (is_latent(site) and not is_point(site["fn"]))
         }
         draws = _Draws(rng_key, index, self.plate_key, draw.keys)
-        with handlers.block(), handlers.trace() as trace, draws, handlers.replay(trace=values):
+        with TRACING, handlers.block(), handlers.trace() as trace, draws, handlers.replay(trace=values):
             self._run(self.guide, params)
         return Draw(with_proper_dummies(trace), draw.keys)
 
     def run_guide(self, rng_key: Array, params: Params, given: Messenger) -> Draw:
         """Run the guide with the values that a handler gives to its sites."""
         draws = _Draws(rng_key, None, self.plate_key)
-        with handlers.block(), handlers.trace() as trace, draws, given:
+        with TRACING, handlers.block(), handlers.trace() as trace, draws, given:
             self._run(self.guide, params)
         return Draw(with_proper_dummies(trace), tuple(draws.handed_out))
 
@@ -154,7 +155,7 @@ class Pair:
     def _model_at(self, rng_key: Array, index: Array | None, params: Params, draw: Draw) -> Trace:
         draws = _Draws(rng_key, index, self.plate_key)
         latents = {name: site for name, site in draw.trace.items() if site["type"] == "plate" or is_latent(site)}
-        with handlers.block(), handlers.trace() as trace, draws:
+        with TRACING, handlers.block(), handlers.trace() as trace, draws:
             self._run(handlers.replay(self.model, trace=latents), params)
         return with_proper_dummies(trace)
 
@@ -170,7 +171,7 @@ class Pair:
         def run(values: dict[str, Array], bases: FromBase) -> tuple[Trace, Trace]:
             given = {name: {**guide.trace[name], "value": value} for name, value in values.items()}
             draws = _Draws(key, None, self.plate_key, guide.keys)
-            with handlers.block(), handlers.trace() as trace, draws, handlers.replay(trace=given), bases:
+            with TRACING, handlers.block(), handlers.trace() as trace, draws, handlers.replay(trace=given), bases:
                 self._run(self.guide, params)
             return trace, self._model_at(key, None, params, Draw(trace))
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from numpyro.distributions import Distribution
+from numpyro.distributions.transforms import Transform
 from numpyro.infer.autoguide import AutoGuide
 
 from numpyro_smc.programs import lookups
@@ -58,6 +59,9 @@ class Fingerprint:
 
     def holds(self) -> bool:
         """Whether all is as it was, object by object; much cheaper than another fingerprint."""
+        for owner, parts in self._walk.parts:
+            if not all(map(is_, owner.__fingerprint__(), parts)):
+                return False
         return all(map(_Slots.hold, self._walk.slots)) and not any(True for _ in self._changed_containers())
 
     def changed(self) -> Ignored:
@@ -123,6 +127,7 @@ class _Walk:
         self.slots: list[_Slots] = []
         self.containers: list[tuple[Any, tuple[Any, ...]]] = []
         self.arrays: list[tuple[Any, bytes]] = []
+        self.parts: list[tuple[Any, tuple[Any, ...]]] = []
         self.functions: list[tuple[types.FunctionType, tuple[Any, ...]]] = []
         self.seen: dict[int, tuple[int, Any]] = {}
         self.packages: set[str] = set()  # of the functions walked through
@@ -173,7 +178,9 @@ class _Walk:
         elif isinstance(value, weakref.ref):
             self._parts("weak", value())
         elif hasattr(type(value), "__fingerprint__"):
-            self._parts(type(value), *value.__fingerprint__())
+            parts = value.__fingerprint__()
+            self.parts.append((value, parts))
+            self._parts(type(value), *parts)
         else:
             self._instance(value)
 
@@ -286,6 +293,8 @@ def _configuration(value: Any, held: dict[str, Any]) -> tuple[str, ...]:
     if isinstance(value, Distribution):
         fields = {*value.gather_pytree_data_fields(), *value.gather_pytree_aux_fields()}
         return tuple(name for name in held if name in fields)
+    if isinstance(value, Transform):
+        return tuple(name for name in held if name != "_inv")
     if any((base.__module__, base.__name__) == ("flax.linen.module", "Module") for base in type(value).__mro__):
         return tuple(name for name in held if name not in _LINEN_STATE)
     return tuple(held)

@@ -10,6 +10,7 @@ from numpyro import handlers
 from numpyro.primitives import Messenger
 
 from numpyro_smc.programs.sites import Site, is_latent
+from numpyro_smc.programs.tracing import TRACING
 
 
 class Hides(Messenger):
@@ -44,7 +45,7 @@ def is_tractable(
     known = {*params, *observed, *context}
     hidden = any(is_latent(site) and name not in known for name, site in trace.items())
     keys = _CountsKeys()
-    with handlers.block(), keys:
+    with TRACING, handlers.block(), keys:
         handlers.seed(model, random.key(0))()
     return not hidden and not keys.number and all(trace[name]["type"] == "sample" for name in observed)
 

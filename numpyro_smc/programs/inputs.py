@@ -357,7 +357,7 @@ def _look_at(program: Program, params: Params, args: Any, kwargs: Any) -> _Known
         rest = iter(arrays)
         args, kwargs = jax.tree.unflatten(treedef, [next(rest) if is_array(leaf) else leaf for leaf in leaves])
         at_values = handlers.substitute(program, data=values)
-        with handlers.block(), handlers.trace() as trace, handlers.seed(rng_seed=0), FreeOfImproper():
+        with TRACING, handlers.block(), handlers.trace() as trace, handlers.seed(rng_seed=0), FreeOfImproper():
             at_values(*args, **kwargs)
         traces.append(trace)
 

@@ -17,6 +17,7 @@ from numpyro.primitives import _PYRO_STACK, Messenger
 
 from numpyro_smc.programs.masked_latents import with_proper_dummies
 from numpyro_smc.programs.sites import in_control_flow
+from numpyro_smc.programs.tracing import TRACING
 
 Trace = dict[str, dict[str, Any]]
 
@@ -147,7 +148,7 @@ def holds_sites(msg: dict[str, Any]) -> bool:
 
 def names_in_scan(msg: dict[str, Any]) -> list[str]:
     """Names of the sample and param sites in the body of a scan statement."""
-    with handlers.block(), handlers.trace() as trace, handlers.seed(rng_seed=random.key(0)):
+    with TRACING, handlers.block(), handlers.trace() as trace, handlers.seed(rng_seed=random.key(0)):
         _trace_body(msg)
     return [name for name, site in trace.items() if site["type"] in ("sample", "param")]
 
@@ -285,7 +286,7 @@ def run_prefix(program: Callable[[], Any], *around: Messenger, is_guide: bool = 
     :return: the trace of the sites before the scan, and the scan (``None`` when the program ends without one; the
         trace then holds every site).
     """
-    with handlers.block(), handlers.trace() as trace:
+    with TRACING, handlers.block(), handlers.trace() as trace:
         catch = _CatchScan(trace)
         try:
             with catch:
@@ -306,7 +307,7 @@ def run_step(scan: Scan, t: Array, carry: Any, x: Any, *around: Messenger) -> tu
 
     :return: the new carry, the step's output, and the trace of its sites.
     """
-    with handlers.block(), handlers.trace() as trace:
+    with TRACING, handlers.block(), handlers.trace() as trace:
         new_carry, output = _run_under(around, lambda: scan.at(t)(carry, x))
     _check_flow(trace)
     for name, site in trace.items():

@@ -108,13 +108,15 @@ def fit_rows(plates: list[Site], user: str) -> Fit:
 
     def fit(value: Array, original: Any, name: str) -> Array:
         shape, dtype = jnp.shape(original), jnp.result_type(original)
+        if not jnp.issubdtype(dtype, jnp.inexact) and jnp.issubdtype(value.dtype, jnp.inexact):
+            dtype = value.dtype  # of a density over the reals whose data happen to be whole numbers
         if value.shape == shape:
             return value.astype(dtype)
         for plate in plates:
             rows = plate["value"]
             sizes = (plate["args"][0], *shape[1:]), (len(rows), *shape[1:])
             if (shape, value.shape) == sizes:
-                return jnp.asarray(original).at[rows].set(value.astype(dtype))
+                return jnp.asarray(original, dtype).at[rows].set(value.astype(dtype))
         raise ValueError(
             f"{user}: site '{name}' is simulated with shape {value.shape}, but the data given have shape {shape}. Pass "
             f"simulate=, a function from the simulated values to the guide's (args, kwargs)."

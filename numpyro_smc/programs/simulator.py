@@ -29,6 +29,7 @@ from numpyro_smc.programs.element_priors import (
 )
 from numpyro_smc.programs.hidden_draws import Hides, is_tractable
 from numpyro_smc.programs.sites import Site, in_control_flow, is_latent, plate_scales
+from numpyro_smc.programs.tracing import TRACING
 from numpyro_smc.programs.unconstrained import RefuseImproper
 
 Program = Callable[..., Any]
@@ -160,7 +161,7 @@ class Simulator:
         """
 
         def posterior() -> None:
-            with Hides(self.hidden), handlers.trace() as trace:
+            with TRACING, Hides(self.hidden), handlers.trace() as trace:
                 self.model()
             theta = self.ravel({name: trace[name]["value"] for name in self.params})
             numpyro.factor("log_ratio", log_ratio(theta))
@@ -336,7 +337,7 @@ class Simulator:
 
 
 def _trace(program: Program) -> dict[str, Site]:
-    with handlers.block():
+    with TRACING, handlers.block():
         return handlers.trace(program).get_trace()
 
 

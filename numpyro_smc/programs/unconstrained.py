@@ -40,6 +40,7 @@ from numpyro_smc.programs.sites import (
     unscaled_log_density,
 )
 from numpyro_smc.programs.supports import check_bijection, innermost
+from numpyro_smc.programs.tracing import TRACING
 
 Program = Callable[..., Any]
 Values = dict[str, Array]
@@ -178,7 +179,7 @@ class UnconstrainedModel:
         return handlers.substitute(handlers.seed(self.model, self.rng_key), data=values)
 
     def _trace(self, program: Program) -> dict[str, Site]:
-        with handlers.block():
+        with TRACING, handlers.block():
             return with_proper_dummies(handlers.trace(program).get_trace(*self.args, **self.kwargs))
 
     def _check(self, trace: dict[str, Site], from_prior: bool) -> None:

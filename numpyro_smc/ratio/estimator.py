@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array, lax, random
 
 from numpyro_smc.engines.checkpoint import save_pytree
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.simulator import Program, Simulations, Simulator, element_names
 from numpyro_smc.ratio.datasets import NonfinitePolicy, RatioData
 from numpyro_smc.ratio.finiteness import Finiteness, FinitenessWeights
@@ -326,6 +327,7 @@ class RatioEstimator:
 
         :raises ValueError: if some are not finite and nothing is to be done about it; if nearly all fail.
         """
+        rng_key = one_key("RatioEstimator.simulate", rng_key)
         found = self._simulate(random.split(rng_key, num))
         if self.nonfinite != "drop":
             data = RatioData(found.theta, found.x, found.context, self.nonfinite)
@@ -341,6 +343,7 @@ class RatioEstimator:
 
     def prior(self, rng_key: Array, num: int) -> Array:
         """Draws of the parameters from the prior, within the box where it was truncated: ``[num, D]``."""
+        rng_key = one_key("RatioEstimator.prior", rng_key)
         if self.box is not None:
             return draw_within(rng_key, self.simulator.prior, self.box, num)[0]
         return self._prior(random.split(rng_key, num))

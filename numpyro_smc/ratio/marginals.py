@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array, random
 
 from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.resampling import systematic
 from numpyro_smc.programs.weights import normalise
 from numpyro_smc.ratio.grid import Grid
@@ -96,6 +97,7 @@ class Marginal:
         :param num_draws: prior draws that are weighed; by default ten for each draw wanted, and 10,000 at least.
         :return: ``[num_samples, k]``, with repetitions. A warning says if fewer than a hundred draws carry the weight.
         """
+        rng_key = one_key("Marginal.sir", rng_key)
         check_positive("Marginal.sir", num_samples=num_samples)
         draw_key, resample_key, order_key = random.split(rng_key, 3)
         theta = self.estimator.prior(draw_key, num_draws or max(10 * num_samples, 10_000))

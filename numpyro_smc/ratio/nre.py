@@ -14,6 +14,7 @@ from jax import Array, lax, random
 
 from numpyro_smc.engines.checkpoint import AnyLength, load_pytree
 from numpyro_smc.programs.arguments import check_positive
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.programs.simulator import Program, Simulations, Simulator
 from numpyro_smc.ratio.datasets import RatioData, check_policy
 from numpyro_smc.ratio.description import check_same_nre, check_same_simulator, describe_network, describe_simulator
@@ -158,6 +159,7 @@ class NRE:
         :param box: draw the parameters from the prior within it.
         :param batch_size: simulations at a time, to bound memory.
         """
+        rng_key = one_key("NRE.simulate", rng_key)
         check_positive("NRE.simulate", num=num, batch_size=batch_size)
         return self.data_of(self._simulations(rng_key, num, box, batch_size))
 
@@ -246,6 +248,7 @@ class NRE:
             )
         if (num_simulations is None) == (data is None):
             raise ValueError("NRE.train: pass either num_simulations or data.")
+        rng_key = one_key("NRE.train", rng_key)
         simulation_key, training_key = random.split(rng_key)
         if data is None:
             assert num_simulations is not None
@@ -293,6 +296,7 @@ class NRE:
 
         1. *Truncated Marginal Neural Ratio Estimation*, B. K. Miller et al. (2021)
         """
+        rng_key = one_key("NRE.train_rounds", rng_key)
         check_positive("NRE.train_rounds", num_rounds=num_rounds, num_simulations=num_simulations)
         box: Box | None = None
         for number in range(num_rounds):

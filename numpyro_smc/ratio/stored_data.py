@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from numpyro_smc.engines.checkpoint import identity_of, replacing
 from numpyro_smc.programs.arguments import check_if_given, check_positive
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.ratio.datasets import NonfinitePolicy, RatioData, are_finite, check_policy
 from numpyro_smc.ratio.parts import (
     SETTINGS,
@@ -195,6 +196,7 @@ def write(
         ...     len(data), data.num_batches(50)
         (250, 5)
     """
+    rng_key = one_key("write", rng_key)
     check_positive("write", num_simulations=num_simulations, part_size=part_size)
     if file_format not in ("npz", "hdf5"):
         raise ValueError(f"write: file_format must be 'npz' or 'hdf5', got {file_format!r}.")

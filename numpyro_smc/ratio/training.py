@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from numpyro_smc.engines.checkpoint import check_folder, identity_of
 from numpyro_smc.programs.arguments import check_if_given, check_positive
+from numpyro_smc.programs.inputs import one_key
 from numpyro_smc.ratio.datasets import RatioData, SimulationData
 from numpyro_smc.ratio.description import digest_of
 from numpyro_smc.ratio.learning_rates import ConstantRate, LearningRate, learning_rate_schedule
@@ -114,6 +115,7 @@ def fit(
         >>> bool(log_ratios[0] > 0 > log_ratios[1])
         True
     """
+    rng_key = one_key("fit", rng_key)
     check_positive("fit", batch_size=batch_size, max_epochs=max_epochs)
     check_if_given("fit", steps_per_epoch=steps_per_epoch, patience=patience)
     check_number("learning_rate", learning_rate, may_be_zero=True)

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from numpyro_smc.engines.checkpoint import AnyLength, load_run, save_run
+from numpyro_smc.engines.identity import Identity
 from numpyro_smc.samplers.tempering import StageReport
 
 BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {elapsed}{postfix}"
@@ -43,20 +44,20 @@ class Progress:
     def column(self, name: str) -> np.ndarray:
         return self.history[:, StageReport._fields.index(name)]
 
-    def save(self, path: str | os.PathLike, settings: str) -> None:
+    def save(self, path: str | os.PathLike, settings: str, of: Identity) -> None:
         leaves = jax.tree.leaves(self.state)
         stored = [np.ravel(leaf) if _has_length(leaf) else leaf for leaf in leaves]
-        save_run(path, settings, {"history": np.ravel(self.history), "state": stored})
+        save_run(path, settings, {"history": np.ravel(self.history), "state": stored}, of)
 
-    def load(self, path: str | os.PathLike, settings: str) -> Progress:
+    def load(self, path: str | os.PathLike, settings: str, of: Identity) -> Progress:
         """The run saved in ``path``, by the same sampler as this one."""
         leaves, treedef = jax.tree.flatten(self.state)
         like = {
             "history": AnyLength(self.history.dtype),
             "state": [AnyLength(leaf.dtype) if _has_length(leaf) else leaf for leaf in leaves],
         }
-        advice = "Pass the sampler that wrote it, another file, or resume=False to overwrite it."
-        contents = load_run(path, settings, like, "SMCSampler", advice)
+        advice = "Pass the sampler and the data that wrote it, another file, or resume=False to overwrite it."
+        contents = load_run(path, settings, like, of, "SMCSampler", advice)
         # The first axis of a pool grows with the run.
         restored = [
             jax.numpy.asarray(value.reshape(-1, *leaf.shape[1:])) if _has_length(leaf) else value

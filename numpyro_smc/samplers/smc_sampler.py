@@ -13,7 +13,8 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from numpyro_smc.engines.checkpoint import check_folder
+from numpyro_smc.engines.checkpoint import check_folder, kept_or_warned
+from numpyro_smc.engines.identity import identity
 from numpyro_smc.programs.arguments import check_callable, check_if_given, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.inputs import Call, as_data, as_params, check_program, checked_call, one_key
@@ -202,7 +203,7 @@ class SMCSampler:
     ) -> SMCResult:
         """Sample the posterior.
 
-        Arrays in ``args`` and ``kwargs`` are traced, anything else is static, as in ``jax.jit``: a second run with the
+        Arrays and floats in ``args`` and ``kwargs`` are traced, anything else is static: a second run with the
         same shapes compiles nothing, whatever its temperatures. **Ctrl-C** ends the run and returns the tempered
         posterior reached; with ``checkpoint``, the same call continues there and ends with the numbers of an
         uninterrupted run.
@@ -272,13 +273,18 @@ class SMCSampler:
         """Carry the particles from the start to the posterior; also whether Ctrl-C ended that."""
         state, split = self._start(rng_key, *program)
         progress = Progress(state, np.zeros((0, len(cloudwise.StageReport._fields)), split.base.dtype))
-        saved = None
+        saved, of = None, {} if checkpoint is None else self._identity(program)
         if checkpoint is not None and resume and os.path.exists(checkpoint):
-            progress = saved = progress.load(checkpoint, self._description)
+            progress = saved = progress.load(checkpoint, self._description, of)
         else:
             self._check_start(split, state, program)
             check_program("SMCSampler", self.model, self.guide, *program)  # something is observed
         interrupted, limit = False, 1
+
+        def save() -> None:
+            if checkpoint is not None:
+                kept_or_warned(lambda: progress.save(checkpoint, self._description, of), "SMCSampler", checkpoint)
+
         with tqdm(total=1.0, bar_format=BAR_FORMAT, disable=not progress_bar) as bar:
             try:
                 show(bar, progress, self.num_particles)
@@ -288,14 +294,14 @@ class SMCSampler:
                     if checkpoint is None:
                         limit = next_limit(limit, time.perf_counter() - start)
                     show(bar, progress, self.num_particles)
-                    if checkpoint is not None and progress.num_stages % checkpoint_every == 0:
-                        progress.save(checkpoint, self._description)
+                    if progress.num_stages % checkpoint_every == 0:
+                        save()
                         saved = progress
             except KeyboardInterrupt:
                 interrupted = True
             finally:
-                if checkpoint is not None and progress is not saved:
-                    progress.save(checkpoint, self._description)
+                if progress is not saved:
+                    save()
         warn_of_stuck_particles(progress)
         return progress, interrupted
 
@@ -333,6 +339,19 @@ class SMCSampler:
             interrupted=interrupted,
             num_rows=progress.state.log_likelihood.shape[1] if self._by_rows else None,
             integrable=not (self._by_rows or self.persistent),
+        )
+
+    def _identity(self, program: tuple) -> dict[str, str]:
+        params, args, kwargs = program
+        return identity(
+            "SMCSampler",
+            self._start.ignored,
+            model=self.model,
+            guide=self.guide,
+            params=params,
+            data=(args, kwargs),
+            moves=(self.settings.move, self.settings.ess_threshold),
+            resampler=self.settings.scheme,
         )
 
     # ---- compiled ------------------------------------------------------------------------------------------------

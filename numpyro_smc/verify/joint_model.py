@@ -15,6 +15,7 @@ from numpyro.distributions.distribution import Unit
 from numpyro_smc.programs.simulated_arguments import unconditioned
 from numpyro_smc.programs.simulator import element_names
 from numpyro_smc.programs.sites import BatchPlates, Site, log_density, plate_scales
+from numpyro_smc.programs.tracing import TRACING
 from numpyro_smc.programs.unconstrained import RefuseImproper
 
 Program = Callable[..., Any]
@@ -93,7 +94,7 @@ class JointModel:
         program = handlers.seed(RefuseImproper(unconditioned(self.model), self.user), rng_key)
         if values:
             program = handlers.substitute(program, data=values)
-        with handlers.block():
+        with TRACING, handlers.block():
             return handlers.trace(program).get_trace(*self.args, **self.kwargs)
 
     def _check_trace(self, trace: dict[str, Site]) -> None:

@@ -157,6 +157,30 @@ def test_questions_that_make_no_sense(call, message):
         call(estimator())
 
 
+KEYS = [0, 1.5, None, "key", jnp.zeros(2), random.split(random.key(0), 3)]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=repr)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda key: made().train(key, 300, **QUICK),
+        lambda key: made().simulate(key, 10),
+        lambda key: made().simulate_to("never/made", key, 10),
+        lambda key: made().train_rounds(key, X, 2, 300, context=CONTEXT),
+        lambda key: estimator().sample(key, X, context=CONTEXT),
+        lambda key: estimator().sample_many(key, X[None], context=jnp.ones((1, 1))),
+        lambda key: estimator().simulate(key, 10),
+        lambda key: estimator().prior(key, 10),
+        lambda key: estimator().marginal(X, "a", CONTEXT).sir(key, 10),
+        lambda key: estimator().marginal(X, "a", CONTEXT).sample(key, 10),
+    ],
+)
+def test_keys_of_another_kind(call, key):
+    with pytest.raises(TypeError, match=r"rng_key must be one random key"):
+        call(key)
+
+
 def test_trainings_that_diverge_raise():
     with (
         pytest.warns(UserWarning, match="steps had a non-finite loss"),
