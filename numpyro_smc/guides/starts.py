@@ -15,7 +15,9 @@ from numpyro_smc.programs import streams
 from numpyro_smc.programs.automatic_guides import latent_vector
 from numpyro_smc.programs.density import Pair, Params, Program
 from numpyro_smc.programs.sites import is_latent
+from numpyro_smc.programs.supports import check_bijection
 from numpyro_smc.programs.tracing import TRACING
+from numpyro_smc.programs.unconstrained import FreeOfImproper
 
 _JITTER = 1e-6
 _RADIUS = 2.0
@@ -47,9 +49,11 @@ class Start(NamedTuple):
 def plain_start(kind: str, rng_key: Array, model: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Start:
     """Scales of one, around zero (``"zeros"``) or uniform numbers on (-2, 2) (``"random"``)."""
     with TRACING, handlers.block():
-        trace = handlers.trace(handlers.seed(model, random.fold_in(rng_key, streams.SHAPES))).get_trace(*args, **kwargs)
+        seeded = handlers.seed(FreeOfImproper(model), random.fold_in(rng_key, streams.SHAPES))
+        trace = handlers.trace(seeded).get_trace(*args, **kwargs)
     values, scales = {}, {}
     for number, (name, site) in enumerate((name, site) for name, site in trace.items() if is_latent(site)):
+        check_bijection(site, "LocalOptimizer")
         bijection = biject_to(site["fn"].support)
         shape = bijection.inverse_shape(site["fn"].shape())
         loc = jnp.zeros(shape)

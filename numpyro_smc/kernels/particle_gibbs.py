@@ -21,7 +21,7 @@ from numpyro_smc.programs.inputs import check_arrays, check_program
 from numpyro_smc.programs.pinned import Path, path_sites
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.sequence import Program
-from numpyro_smc.programs.supports import Supported, log_prob
+from numpyro_smc.programs.supports import Supported, check_bijection, log_prob
 from numpyro_smc.programs.tracing import TRACING
 from numpyro_smc.programs.unconstrained import FreeOfImproper, is_improper
 
@@ -171,6 +171,8 @@ class ParticleGibbs(Gibbs):
         values = {name: value for name, value in sequence.global_values.items() if name not in given}
         for name in params.keys() & values.keys():
             is_unconstrained = isinstance(self._kernels[1], HMC)
+            if is_unconstrained:
+                check_bijection(sequence.model.prefix[name], "ParticleGibbs")
             support = biject_to(sequence.model.prefix[name]["fn"].support) if is_unconstrained else _identity
             values[name] = support(jnp.asarray(params[name]))
         state = self._path_kernel.init(path_key, 0, None, args, with_conditioning(kwargs, values))

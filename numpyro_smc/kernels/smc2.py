@@ -204,7 +204,7 @@ class SMC2:
     ) -> SMC2Result:
         """Take in a series.
 
-        Arrays in ``args`` and ``kwargs`` are traced, anything else is static, as in ``jax.jit``: a second run with the
+        Arrays and floats in ``args`` and ``kwargs`` are traced, anything else is static: a second run with the
         same shapes compiles nothing. **Ctrl-C** ends the run and returns the posterior of the data taken in so far.
 
         :param rng_key: random key; not used if a checkpoint is resumed.

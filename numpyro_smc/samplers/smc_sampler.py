@@ -206,7 +206,7 @@ class SMCSampler(Remade):
     ) -> SMCResult:
         """Sample the posterior.
 
-        Arrays in ``args`` and ``kwargs`` are traced, anything else is static, as in ``jax.jit``: a second run with the
+        Arrays and floats in ``args`` and ``kwargs`` are traced, anything else is static: a second run with the
         same shapes compiles nothing, whatever its temperatures. **Ctrl-C** ends the run and returns the tempered
         posterior reached; with ``checkpoint``, the same call continues there and ends with the numbers of an
         uninterrupted run.
