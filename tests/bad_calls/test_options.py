@@ -312,11 +312,16 @@ CALLED = {
 SPEAKERS = {("log_marginal_likelihood", "num_samples"): "importance"}
 
 
+def _shown(value):
+    """A value in the name of a test: the same in every process, unlike the address of a function."""
+    return getattr(value, "__name__", repr(value))
+
+
 def rows(table):
     for name, (call, options) in table.items():
         for option, values in options.items():
             for value in values:
-                yield pytest.param(name, call, option, value, id=f"{name}-{option}-{value!r}"[:80])
+                yield pytest.param(name, call, option, value, id=f"{name}-{option}-{_shown(value)}"[:80])
 
 
 @pytest.mark.parametrize("name, call, option, value", [*rows(MADE), *rows(CALLED)])
