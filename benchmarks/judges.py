@@ -112,7 +112,7 @@ def marginal(model: Callable[..., Any], *args: Any, **options_of_method: Any) ->
         sizes = {size[options_of_method["method"]]: num_particles}
         return [
             log_marginal_likelihood(
-                random.fold_in(random.key(options.seed), k), model, *args, **options_of_method, **sizes
+                random.fold_in(random.key(options.seed), k), model, *args, **options_of_method, options=sizes
             ).mean
             for k in range(keys)
         ]

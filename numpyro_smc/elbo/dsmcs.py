@@ -121,14 +121,16 @@ class DSMCS(ELBO):
         check_positive(user, num_particles=num_particles, num_mc=num_mc)
         if kernel not in KERNELS:
             raise ValueError(f"{user}: unknown kernel {kernel!r}; there are {sorted(KERNELS)}.")
-        with named(user):
-            resample_fn = build(resampler, resample, ess_threshold, resampling_gradient)
         check_plate_names(user, plates)
-        if resample != "never" and not resolve(resampler).unbiased:
+        with named(user):
+            scheme = resolve(resampler)
+        if resample != "never" and not scheme.unbiased:
             raise ValueError(
-                f"{user}: the {resolve(resampler).name} scheme is biased, so the loss would not be a bound. Use "
+                f"{user}: the {scheme.name} scheme is biased, so the loss would not be a bound. Use "
                 f"'systematic', or another scheme that numpyro_smc.resampling marks unbiased."
             )
+        with named(user):
+            resample_fn = build(resampler, resample, ess_threshold, resampling_gradient)
         if remat not in ("step", "sqrt", None):
             raise ValueError(f"{user}: remat must be 'step', 'sqrt' or None, got {remat!r}.")
         super().__init__(num_particles=int(num_particles))

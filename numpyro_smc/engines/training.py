@@ -293,7 +293,7 @@ class _Program:
             warnings.warn(
                 f"fit: step {progress.step + kept.argmin()} gave a non-finite loss, parameter or optimiser state, and "
                 f"was skipped; such steps are counted in FitResult.num_skipped.",
-                stacklevel=3,
+                stacklevel=4,
             )
         num_skipped = progress.num_skipped + int((~kept).sum())
         return replace(progress, state=state, losses=np.append(progress.losses, losses), num_skipped=num_skipped)

@@ -24,6 +24,7 @@ class KernelProgram:
     def __init__(self, model: Program, params: dict[str, Any]) -> None:
         self.model, self.params = model, params
         self.__name__ = getattr(model, "__name__", type(model).__name__)
+        self.__wrapped__ = model  # whose signature it has
 
     def __eq__(self, other: object) -> bool:
         return self.model == (other.model if isinstance(other, KernelProgram) else other)

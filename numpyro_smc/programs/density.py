@@ -177,12 +177,21 @@ class Pair:
 
         return couplings(run, guide.trace, chosen) if chosen.names else {}
 
-    def densities(self, guide: Draw, model: Trace, is_score: Callable[[Site], bool] | None = None) -> Densities:
+    def densities(
+        self, guide: Draw, model: Trace, is_score: Callable[[Site], bool] | None = None, moves: bool = False
+    ) -> Densities:
         """Log densities of a run of the guide and of the model at its latents.
 
         :param is_score: which latent sites of the guide get their gradient by the score function; ``None`` for none.
+        :param moves: whether latents will be moved, so that the dummies of ``obs_mask`` need a law of their own even
+            where the guide masks them as the model does.
         """
-        dummies = {name for name, site in model.items() if site.get("dummies")}
+        model = model | {
+            name: site | {"fn": site["as written"]}
+            for name, site in model.items()
+            if site.get("dummies") and name in guide.trace and not moves and is_masked(guide.trace[name])
+        }
+        dummies = {name for name, site in model.items() if site.get("dummies") and site["fn"] is not site["as written"]}
         of_guide = [site for site in guide.trace.values() if site["type"] == "sample"]
         of_guide = [site | {"fn": unmasked(site["fn"])} if site["name"] in dummies else site for site in of_guide]
         of_model = [site for site in model.values() if site["type"] == "sample"]

@@ -72,7 +72,7 @@ class GuideTarget:
     def _densities_of_draw(self) -> Densities:
         draw = self.pair.draw(self.rng_key, jnp.asarray(0), self.params)
         model = self._model(draw)
-        densities = self.pair.densities(draw, model)
+        densities = self.pair.densities(draw, model, moves=True)
         for name, scale in (plate_scales(draw.trace) | plate_scales(model)).items():
             if scale != 1.0 and name not in densities.plates.names:
                 raise ValueError(
@@ -87,7 +87,7 @@ class GuideTarget:
     def _densities_at(self, state: State) -> tuple[Densities, Array]:
         at = _AtState(state)
         draw = self.pair.run_guide(self.rng_key, self.params, at)
-        densities = self.pair.densities(draw, self._model(draw))
+        densities = self.pair.densities(draw, self._model(draw), moves=True)
         zeros = jnp.zeros_like(densities.log_likelihood)
         return densities, sum((sum_per_problem(j, densities.plates) for j in at.log_jacobians), start=zeros)
 

@@ -29,6 +29,8 @@ Program = Callable[..., Any]
 Params = dict[str, Any]
 
 _MAX_KEPT = 64
+# Handlers of these hand arguments on as they are.
+_WRAPPERS = ("numpyro.handlers", "numpyro_smc.")
 _MAX_LOOKED_AT = 10_000
 _REAL = (constraints.real, constraints.real_vector, constraints.real_matrix)
 
@@ -110,7 +112,7 @@ def check_program(
     :param user: the public class or function, for messages.
     :param guide: ``None`` where none was given.
     :param options: functions whose keyword options a user may have misspelled.
-    :param needs_data: whether a model that observes nothing is an error.
+    :param needs_data: whether a model that observes nothing is an error where there is no guide.
     :param may_lack: which parameters may have no value: ``"all"`` of them or none, ``"any"``, or ``"none"``.
     :param argument: what the user calls ``params``.
     :param may_be_nan: whether values may be no numbers; **may_reshape** - have other shapes than the initial ones.
@@ -258,7 +260,7 @@ def check_arguments(
 ) -> None:
     """:raises TypeError: naming program and argument, if it cannot be called with them."""
     inner = program
-    while isinstance(inner, Messenger) and type(inner).__module__ == "numpyro.handlers" and inner.fn is not None:
+    while isinstance(inner, Messenger) and type(inner).__module__.startswith(_WRAPPERS) and inner.fn is not None:
         inner = inner.fn
     try:
         signature = inspect.signature(inner)
@@ -394,7 +396,8 @@ def _shape_and(site: Site, where: str) -> tuple[tuple[int, ...] | None, Any]:
 
 def _fault(known: dict[str, _Known], params: Params, rules: _Rules) -> str | None:
     """What is wrong with parameters, if anything is."""
-    if rules.needs_data and not known["model"].observes:
+    # From a guide, the normalizing constant of a density that is one of latents alone is a question one may ask.
+    if rules.needs_data and "guide" not in known and not known["model"].observes:
         return (
             f"nothing is observed: every site of the model is latent ({_listed(known['model'].latents)}), so there is "
             f"no evidence, and the posterior is the prior. Pass the data (obs=), or condition the model on them."

@@ -21,7 +21,7 @@ def with_proper_dummies(trace: dict[str, Site]) -> dict[str, Site]:
     """Give the dummies of ``obs_mask`` the law of the values they stand for: it integrates to one."""
     for name, site in trace.items():
         if is_dummies(name, trace) and is_latent(site):
-            site["fn"] = unmasked(site["fn"])
+            site["as written"], site["fn"] = site["fn"], unmasked(site["fn"])
             site["dummies"] = True
     return trace
 

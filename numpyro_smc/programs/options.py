@@ -1,7 +1,7 @@
 """A function's own options and the arguments of the user's program, which share one ``**kwargs``, told apart."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,7 +25,7 @@ def keeps_options_apart(*programs: str) -> Callable[[Callable[_P, _R]], Callable
         @wraps(fn)
         def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             own = options | set(positional[: len(args)])
-            given = [name for name, value in kwargs.items() if name in own and value is not None]
+            given = [name for name, value in kwargs.items() if name in own and not _is_plain(name, value)]
             if given:
                 bound = dict(zip(positional, args, strict=False)) | kwargs
                 num_args = max(len(args) - len(positional), 0)
@@ -36,6 +36,11 @@ def keeps_options_apart(*programs: str) -> Callable[[Callable[_P, _R]], Callable
         return checked
 
     return decorate
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    """Whether a value can only be meant as the option: values by site have sites, or are refused for that."""
+    return value is None or (name == "params" and isinstance(value, Mapping))
 
 
 def takes(program: Any, name: str) -> bool:

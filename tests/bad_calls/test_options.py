@@ -245,7 +245,9 @@ CALLED = {
         {"num_samples": positive, "batch_size": positive, "plates": ["data", 3]},
     ),
     "log_marginal_likelihood": (
-        lambda **options: smc.log_marginal_likelihood(KEY, model, Y, **options),
+        lambda method="importance", **options: smc.log_marginal_likelihood(
+            KEY, model, Y, method=method, options=options
+        ),
         {"method": ["exact"], "num_samples": positive},
     ),
     "bidirectional": (

@@ -176,9 +176,15 @@ def test_what_has_no_score_is_refused():
     result = ParticleFilter(hidden_markov, 10).run(random.key(0), SERIES)
     with pytest.raises(ValueError, match="no real params to differentiate in"):
         result.score()
-    result = ParticleFilter(hidden_markov, 10).run(random.key(0), SERIES, params={"stay": 0.6, "number": 3})
-    with pytest.raises(ValueError, match=r"'locations' is not among the params of this run \(number, stay\)"):
-        result.score("locations")
+
+    def counted(y):
+        numpyro.param("number", 3)
+        hidden_markov(y)
+
+    params = {"stay": 0.6, "locations": jnp.array([-1.0, 1.5]), "number": 3}
+    result = ParticleFilter(counted, 10).run(random.key(0), SERIES, params=params)
+    with pytest.raises(ValueError, match=r"'level' is not among the params of this run \(locations, number, stay\)"):
+        result.score("level")
     with pytest.raises(ValueError, match="'number' is not real"):
         result.score(["number"])
 

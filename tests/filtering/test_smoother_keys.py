@@ -54,7 +54,7 @@ def test_a_smoothers_default_key_shares_no_draw_with_the_filter(method):
     by_smoother = {
         key
         for key, of_key in uses.items()
-        if any("filtering/smoothing/backward" in use.places[0] for use in of_key if use.how == "draw")
+        if any("filtering/smoothing/backward" in place for use in of_key if use.how == "draw" for place in use.places)
     }
     assert by_filter and by_smoother and not by_filter & by_smoother
 

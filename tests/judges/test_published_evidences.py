@@ -20,8 +20,10 @@ def test_samplers_find_the_published_evidence(name):
 
 def test_double_wells_are_independent_problems_of_a_plate():
     """By AIS, of eight pairs: each within five of its standard errors."""
-    options = {"guide": published_evidences.wide, "num_chains": 64, "num_temperatures": 100}
-    found = log_marginal_likelihood(random.key(0), published_evidences.wells, 8, method="ais", **options)
+    options = {"num_chains": 64, "num_temperatures": 100}
+    found = log_marginal_likelihood(
+        random.key(0), published_evidences.wells, 8, method="ais", guide=published_evidences.wide, options=options
+    )
     assert found.per_datapoint.shape == (8,)
     published = judges.JUDGES["double_well"].value
     assert (abs(found.per_datapoint - published) < 5 * found.per_datapoint_error).all()
@@ -38,6 +40,6 @@ def test_seeds_from_their_vague_prior_are_refused_by_name():
 def test_an_evidence_that_misses_a_spike_is_not_called_trustworthy(method):
     """-13.8 for -11.5, with an error below 0.3: the draws agree, and have all passed by nine tenths of the evidence."""
     size = {"smc": {"num_particles": 1000}, "ais": {"num_chains": 64}}[method]
-    found = log_marginal_likelihood(random.key(0), published_evidences.phase_transition, method=method, **size)
+    found = log_marginal_likelihood(random.key(0), published_evidences.phase_transition, method=method, options=size)
     assert found.value < judges.JUDGES["phase_transition"].value - 1 and found.standard_error < 0.3
     assert "rustworthy" not in found.verdict and "unless the draws have missed a mode" in found.verdict

@@ -167,7 +167,8 @@ def test_samplers_and_training_follow_a_global(monkeypatch):
         log_evidence = float(dist.Normal(0.0, (1 + sd**2) ** 0.5).log_prob(y))
         np.testing.assert_allclose(ais.run(key, y).value, log_evidence, atol=0.1)
         np.testing.assert_allclose(sampler.run(key, y, progress_bar=False).log_evidence, log_evidence, atol=0.15)
-        smc = log_marginal_likelihood(key, conjugate, y, method="smc", num_particles=500, moves="rwmh", num_moves=2)
+        options = {"num_particles": 500, "moves": "rwmh", "num_moves": 2}
+        smc = log_marginal_likelihood(key, conjugate, y, method="smc", options=options)
         np.testing.assert_allclose(smc.value, log_evidence, atol=0.15)
         mode = fit(svi, key, 200, y, progress_bar=False).params["z_auto_loc"]
         np.testing.assert_allclose(mode, 1 / (1 + sd**2), atol=0.02)

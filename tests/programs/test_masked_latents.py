@@ -136,7 +136,7 @@ def test_missing_data_are_integrated_out_by_every_evidence():
     assert (np.asarray(runs[0].samples["y"])[:, SEEN] == DATA[SEEN]).all()
     assert np.asarray(runs[0].samples["y"])[:, 1].std() > 0.3
     for found in (
-        log_marginal_likelihood(random.key(1), with_missing, DATA, SEEN, method="smc", num_particles=400),
+        log_marginal_likelihood(random.key(1), with_missing, DATA, SEEN, method="smc", options={"num_particles": 400}),
         importance(random.key(1), with_missing, DATA, SEEN, num_samples=20_000),
         importance(random.key(1), with_missing, DATA, SEEN, guide=imputing_guide, num_samples=20_000),
     ):
