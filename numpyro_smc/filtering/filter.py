@@ -14,7 +14,7 @@ from numpyro_smc.engines.chunks import in_chunks
 from numpyro_smc.engines.particles import Move, ParticleState, run
 from numpyro_smc.filtering import streaming
 from numpyro_smc.filtering.result import FilterResult, History
-from numpyro_smc.filtering.streaming import FilterState
+from numpyro_smc.filtering.streaming import FilterState, warn_of_data_outside
 from numpyro_smc.programs.arguments import check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.reading import read_sequence
@@ -148,6 +148,8 @@ class ParticleFilter:
         """The log evidence alone, ``[*batch]``: pure and differentiable,
         for use under ``jit``, ``grad`` and ``vmap``.
 
+        Data about global latents outside of the plates belong to no element of the batch: a warning names them.
+
         :raises ValueError: if the resampling scheme is biased, unless the filter was made with ``allow_biased=True``.
         """
         self.check_unbiased("ParticleFilter.log_evidence")
@@ -165,6 +167,7 @@ class ParticleFilter:
         history = self.history if history is None else history
         read_key, run_key = random.split(rng_key)
         sequence = self.read(read_key, params, args, kwargs)
+        warn_of_data_outside(sequence)
 
         def keep(state: ParticleState, move: Move) -> Any:
             return {
