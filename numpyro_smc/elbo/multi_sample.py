@@ -50,7 +50,8 @@ class MultiSampleELBO(ELBO):
     :param num_mc: number of independent bounds that are averaged.
     :param kl_weight: factor of :math:`\log q(z) - \log p(z)` in the log weights, or a schedule (KL warm-up).
     :param free_bits: lower limit (nats) of each latent site's :math:`\log q(z_l) - \log p(z_l)`, per draw and element.
-    :param plates: ``"auto"``; names of plates that must enclose every site; or ``None`` for whole-model weights.
+    :param plates: ``"auto"``: the plates that enclose every site and whose elements the programs prove independent;
+        names of plates that must be so; or ``None`` for whole-model weights.
     :param batch_size: particles evaluated at a time. Memory, that of the gradient included, then does not grow with
         :math:`K`; time grows by one more evaluation.
     :raises ValueError: for arguments out of range; and, while tracing, naming the site: for latents that model and

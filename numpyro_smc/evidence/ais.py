@@ -76,7 +76,8 @@ class AIS:
     :param batch_size: data points at a time: the programs are run on as many rows of those array arguments that have
         the leading plate's size (checked on the first batch). All if ``None``.
     :param chain_batch_size: chains at a time; must divide ``num_chains``. All if ``None``.
-    :param plates: ``"auto"``; names of plates that must enclose every site; or ``None`` for whole-model weights.
+    :param plates: ``"auto"``: the plates that enclose every site and whose elements the programs prove independent;
+        names of plates that must be so; or ``None`` for whole-model weights.
     :raises ValueError: for arguments out of range; naming the site, for discrete latents and for latents that the guide
         does not cover.
 

@@ -47,7 +47,8 @@ def importance(
     :param args: arguments of model and guide; also ``kwargs``.
     :param num_samples: :math:`S`; the tail needs a hundred at the least.
     :param batch_size: draws at a time; all if ``None``.
-    :param plates: ``"auto"``; names of plates that must enclose every site; or ``None`` for whole-model weights.
+    :param plates: ``"auto"``: the plates that enclose every site and whose elements the programs prove independent;
+        names of plates that must be so; or ``None`` for whole-model weights.
 
     **Example**
 

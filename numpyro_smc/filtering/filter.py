@@ -38,6 +38,10 @@ class ParticleFilter:
     :math:`\mathbb E \hat Z = p(y \mid \theta)`, for every resampling scheme marked so and any schedule; its logarithm
     is biased low. Cost: O(NT) time; O(NT) memory with history, O(N) without.
 
+    A plate around all sites makes independent problems, with weights and ancestors of their own, where the program
+    proves that no density and no carry of one element depends on another's latents. Otherwise (a vector autoregression
+    over a plate of dimensions) its elements are one problem, which a warning says, naming the site.
+
     Latents before the scan that the steps use directly are global: they must be given in ``params`` (the evidence is
     then conditional on them) or proposed by the guide.
 
@@ -102,7 +106,7 @@ class ParticleFilter:
         self.batch_size = batch_size
         in_chunks(None, num_particles, batch_size)
         self._compiled_run = Compiled(self._run)
-        self._compiled_queries: dict[str, Compiled] = {}
+        self._compiled_answer = Compiled(partial(_answer, self))
         self._compiled_init = Compiled(partial(streaming.start, self))
         self._compiled_update = Compiled(partial(streaming.take_in, self))
 
@@ -232,3 +236,8 @@ class ParticleFilter:
         """Read a running state, given the arguments that :meth:`init` was given."""
         fresh = self.init(random.key(0), *args, params=params, **kwargs)
         return load_pytree(path, fresh._replace(program=None))._replace(program=fresh.program)
+
+
+def _answer(particle_filter: ParticleFilter, question: Any, *args: Any) -> Any:
+    """A question about a filter's result, put to the filter: a result would stay with the compiled program."""
+    return question(particle_filter, *args)

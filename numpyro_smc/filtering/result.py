@@ -175,8 +175,8 @@ class FilterResult(Smoothing):
             raise ValueError(f"forecast: steps and num_samples must be positive, got {steps} and {num_samples}.")
         later = forecasting.later_inputs(self.filter, self.rng_key, self.program, self.history, steps, xs)
         timed = (self.num_steps + jnp.arange(steps), later)
-        run = self._compiled("forecast", lambda *args: forecasting.forecast(self.filter, *args))
-        return run(rng_key, self.rng_key, self.program, self.history, timed, num_samples)
+        asked = (rng_key, self.rng_key, self.program, self.history, timed, num_samples)
+        return self.filter._compiled_answer(forecasting.forecast, *asked)
 
     # ---- reports ------------------------------------------------------------------------------------------------
 

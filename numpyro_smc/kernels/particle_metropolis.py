@@ -191,6 +191,10 @@ class ParticleMetropolis(MCMCKernel):
         extra = f", correlation={self._correlation:g}" if self._correlation else ""
         return f"{type(self).__name__}({name}, num_particles={self.num_particles}{extra})"
 
+    def __fingerprint__(self) -> tuple[Any, ...]:
+        adapted = (self._step_size, self._adapt_covariance, self._target_accept_prob)
+        return (*vars(self._likelihood).values(), self._correlation, self._screen, *adapted)
+
     @property
     def model(self) -> Program:
         return self._likelihood.model

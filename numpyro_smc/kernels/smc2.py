@@ -177,6 +177,9 @@ class SMC2:
             f"num_state_particles={self.num_state_particles})"
         )
 
+    def __fingerprint__(self) -> tuple[Any, ...]:
+        return (*vars(self._likelihood).values(), self._moves, self.num_parameter_particles)
+
     @property
     def model(self) -> Program:
         return self._likelihood.model

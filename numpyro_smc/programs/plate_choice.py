@@ -24,7 +24,8 @@ def choose_plates(
 
     :param model: sample sites of the model; **guide** - of the guide.
     :param scales: full size over subsampled size, by plate name.
-    :param plates: ``"auto"`` for all plates that enclose every site, names that must, or ``None`` for none.
+    :param plates: ``"auto"`` for all plates of independent elements that enclose every site, names that must, or
+        ``None`` for none.
     :param num_particles: number of weights that are averaged; with one there is nothing to lose.
     :param coupled: what joins the elements of plates that are not independent problems, by plate.
     :raises ValueError: if a plate named does not enclose every site or is not of independent problems, or a subsampled

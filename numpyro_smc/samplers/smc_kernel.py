@@ -101,6 +101,9 @@ class SMCKernel(MCMCKernel):
         # MCMC initialises again, although it is given a state, unless there is something of this name.
         self._sample_fn = self.sample
 
+    def __fingerprint__(self) -> tuple[Any, ...]:
+        return (self._sampler,)
+
     @property
     def model(self) -> Program:
         return self._model

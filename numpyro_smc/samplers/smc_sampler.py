@@ -182,6 +182,9 @@ class SMCSampler:
         name = getattr(self.model, "__name__", self.model)
         return f"SMCSampler({name}, num_particles={self.num_particles}, moves={self._moves!r})"
 
+    def __fingerprint__(self) -> tuple[Any, ...]:
+        return (self.model, self.guide, self._path, self.schedule, self.persistent, self.settings)
+
     def run(
         self,
         rng_key: Array,

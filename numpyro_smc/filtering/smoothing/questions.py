@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ from numpyro_smc.filtering.smoothing.methods import NEED_GENEALOGY, backward_dra
 from numpyro_smc.filtering.smoothing.pairs import Functional
 from numpyro_smc.filtering.smoothing.runs import check_bound, expectation_of, repeat, summarise
 from numpyro_smc.programs.arguments import check_positive
-from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.replay import along_paths
 
 if TYPE_CHECKING:
@@ -77,15 +75,15 @@ class Smoothing:
         if method in ("genealogy", "backward_mcmc"):
             self._need_genealogy(f"sample_posterior(method={method!r})")
         if method == "genealogy":
-            sample = self._compiled("genealogy", partial(_genealogical_paths, self.filter))
-            return sample(rng_key, self.rng_key, self.program, self.history, num_samples)
+            question = (_genealogical_paths, rng_key, self.rng_key, self.program, self.history, num_samples)
+            return self.filter._compiled_answer(*question)
         if method not in _BACKWARD:
             raise ValueError(f"Unknown method={method!r}. Use 'genealogy', {', '.join(map(repr, _BACKWARD))}.")
         # As an array: another bound is then no other program to compile.
         level = None if log_bound is None else jnp.asarray(log_bound)
         options = (_BACKWARD[method], num_mcmc_steps, level, max_trials, batch_size)
-        sample = self._compiled("backward", partial(_backward_paths, self.filter))
-        paths, wrong = sample(rng_key, self.rng_key, self.program, self.history, num_samples, options)
+        asked = (rng_key, self.rng_key, self.program, self.history, num_samples, options)
+        paths, wrong = self.filter._compiled_answer(_backward_paths, *asked)
         check_bound("sample_posterior", wrong)
         return paths
 
@@ -100,8 +98,8 @@ class Smoothing:
         """
         self._need_history("smoothing_log_weights")
         check_positive("smoothing_log_weights", batch_size=batch_size)
-        weigh = self._compiled("marginal", partial(_marginal_log_weights, self.filter))
-        return weigh(self.rng_key, self.program, self.history, batch_size)
+        asked = (self.rng_key, self.program, self.history, batch_size)
+        return self.filter._compiled_answer(_marginal_log_weights, *asked)
 
     def smooth(
         self,
@@ -177,7 +175,7 @@ class Smoothing:
 
         key = random.fold_in(self.rng_key, 1) if rng_key is None else rng_key
         asked = (functional, additive, self.rng_key, key, self.program, num_repeats, method, options)
-        answers = self._compiled("smooth", partial(_smooth, self.filter))(*asked)
+        answers = self.filter._compiled_answer(_smooth, *asked)
         what = functional if isinstance(functional, str) else getattr(functional, "__name__", "functional")
         what = "functional" if what == "<lambda>" else what
         per_step = not additive and not (isinstance(functional, str) and functional not in known[1])
@@ -242,7 +240,7 @@ class Smoothing:
 
         key = random.fold_in(self.rng_key, 2) if rng_key is None else rng_key
         asked = (names, self.rng_key, key, self.program, num_repeats, method, options)
-        answers = self._compiled("score", partial(_score, self.filter))(*asked)
+        answers = self.filter._compiled_answer(_score, *asked)
         return summarise("score", answers, "score", method, self.filter.num_particles, False)
 
     # ---- checks -------------------------------------------------------------------------------------------------
@@ -279,12 +277,6 @@ class Smoothing:
         """Names of the sites before the scan, and of those of a step."""
         self._need_history("smooth of a site")
         return frozenset(self.history.initial["values"]), frozenset(self.history.steps["values"])
-
-    def _compiled(self, name: str, fn: Any) -> Any:
-        return self.filter._compiled_queries.setdefault(name, Compiled(fn))
-
-
-# Functions of the filter, not of a result: they are kept by the filter, and would keep the result's particles with it.
 
 
 def _smooth(particle_filter: Any, functional: Functional | str, additive: bool, *args: Any) -> Any:
