@@ -39,7 +39,8 @@ def log_evidence(
     :param batch_size: move particles in chunks of this size, so that a step's memory stays bounded; must divide
         ``num_particles``.
     :param allow_biased: accept a resampling scheme that is not known to be unbiased.
-    :return: scalar, or ``[*batch]`` under plates that enclose the program. Memory O(N), independent of T.
+    :return: scalar, or ``[*batch]`` under plates that enclose the program, without the data that stand outside of them
+        (a warning names these; :attr:`FilterResult.total_log_evidence` has all). Memory O(N), independent of T.
     :raises FloatingPointError: if all weights vanish or are not a number.
     :raises ValueError: for a biased resampling scheme without ``allow_biased``.
 

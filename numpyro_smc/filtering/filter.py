@@ -16,7 +16,7 @@ from numpyro_smc.engines.identity import identity
 from numpyro_smc.engines.particles import Move, ParticleState, run
 from numpyro_smc.filtering import streaming
 from numpyro_smc.filtering.result import FilterResult, History
-from numpyro_smc.filtering.streaming import FilterState
+from numpyro_smc.filtering.streaming import FilterState, warn_of_data_outside
 from numpyro_smc.programs.arguments import check_callable, check_positive, named
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.inputs import Call, as_data, checked_call
@@ -159,6 +159,8 @@ class ParticleFilter:
         """The log evidence alone, ``[*batch]``: pure and differentiable,
         for use under ``jit``, ``grad`` and ``vmap``.
 
+        Data about global latents outside of the plates belong to no element of the batch: a warning names them.
+
         :raises ValueError: if the resampling scheme is biased, unless the filter was made with ``allow_biased=True``.
         """
         self.check_unbiased("ParticleFilter.log_evidence")
@@ -193,6 +195,7 @@ class ParticleFilter:
         history = self.history if history is None else history
         read_key, run_key = random.split(rng_key)
         sequence = self.read(read_key, params, args, kwargs)
+        warn_of_data_outside(sequence)
 
         def keep(state: ParticleState, move: Move) -> Any:
             return {

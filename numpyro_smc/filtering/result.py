@@ -53,6 +53,8 @@ class FilterResult(Smoothing):
     """The outcome of :meth:`ParticleFilter.run`. Batch axes are those of the plates that enclose the whole program.
 
     - **log_evidence** - ``[*batch]``; **log_evidence_increments** - ``[T, *batch]``, one per step.
+    - **total_log_evidence** - of all data together: the sum over the batch, with the scales of subsampling and of
+      handlers, and the data about global latents that stand outside of the plates. What FIVO bounds.
     - **ess** - effective sample size after weighing each step, ``[T, *batch]``. **resampled** - ``[T, *batch]``.
     - **ancestors** - index of each particle's parent at the step before, ``[T, N, *batch]``.
     - **particles** - values of each site, ``[T, N, ...]``, and of the sites before the scan, ``[N, ...]``.
@@ -71,6 +73,10 @@ class FilterResult(Smoothing):
     @property
     def log_evidence_increments(self) -> Array:
         return self.history.increments
+
+    @property
+    def total_log_evidence(self) -> Array:
+        return self.history.bound
 
     @property
     def ess(self) -> Array:
@@ -106,6 +112,9 @@ class FilterResult(Smoothing):
         shown = (
             f"{evidence:.4f}" if evidence.ndim == 0 else f"{evidence.sum():.4f} over a batch of shape {evidence.shape}"
         )
+        total = float(self.total_log_evidence)
+        if not np.isclose(total, evidence.sum(), rtol=1e-4, atol=1e-3):
+            shown += f", total {total:.4f}"
         ess = np.asarray(self.ess)
         scheme = self.filter.scheme
         if scheme is not None and not scheme.unbiased:
@@ -179,12 +188,15 @@ class FilterResult(Smoothing):
         """Paths drawn from the posterior with the filter's statistics, as ArviZ data.
 
         Groups: ``posterior`` (one chain of ``num_samples`` paths) and ``sample_stats`` (``ess``,
-        ``log_evidence_increment`` per step); the log evidence is an attribute.
+        ``log_evidence_increment`` per step); the log evidence, summed over the batch, and the total are attributes.
         """
         draws = self.sample_posterior(reported_draws() if rng_key is None else rng_key, num_samples, method)
         stats = {"ess": self.ess, "log_evidence_increment": self.log_evidence_increments}
-        total = float(np.sum(np.asarray(self.log_evidence)))
-        attributes = {"log_evidence": total, "num_particles": self.filter.num_particles}
+        attributes = {
+            "log_evidence": float(np.sum(np.asarray(self.log_evidence))),
+            "total_log_evidence": float(self.total_log_evidence),
+            "num_particles": self.filter.num_particles,
+        }
         return inference_data(draws, stats, attributes)
 
     def plot(

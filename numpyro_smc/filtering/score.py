@@ -31,7 +31,7 @@ def score_of(particle_filter: Any, names: tuple[str, ...]) -> Question:
             here = particle_filter.read(random.key(0), held | chosen, args, kwargs)
             renewed = with_carries_recomputed(here, kernel, history)
             before = weights.initial_weights(kernel.num_particles)
-            return weights.log_density(renewed) + initial_log_density(here, history, before)
+            return weights.log_density(renewed) + initial_log_density(here, history, before) + here.log_outside
 
         return jax.grad(complete_data)({name: params[name] for name in names})
 

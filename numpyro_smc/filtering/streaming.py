@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, random
 from numpyro import handlers
+from numpyro.util import find_stack_level
 
 from numpyro_smc.engines.particles import ParticleState, StepInfo, advance, initialise, step_keys
 from numpyro_smc.filtering.forecasting import not_finite_values as not_finite
@@ -43,10 +45,24 @@ class FilterState(NamedTuple):
     lost: Array
 
 
+def warn_of_data_outside(sequence: Sequence) -> None:
+    """Say that the evidences of a batch leave out data that stand outside of its plates."""
+    if sequence.global_observed:
+        names = ", ".join(f"'{name}'" for name in sorted(sequence.global_observed))
+        plates = ", ".join(f"'{name}'" for name in sequence.plates.names)
+        warnings.warn(
+            f"{sequence.user}: log_evidence has one value per element of plate {plates}, and the data {names} stand "
+            f"outside of it: they belong to no element and are not in log_evidence. The log evidence of all data is "
+            f"ParticleFilter(...).run(...).total_log_evidence.",
+            stacklevel=find_stack_level(),
+        )
+
+
 def start(particle_filter: ParticleFilter, rng_key: Array, params: Any, args: Any, kwargs: Any) -> FilterState:
     """The initial particles of a stream, with the keys that a run over the whole series would use."""
     read_key, run_key = random.split(rng_key)
     sequence = _read(particle_filter, read_key, params, args, kwargs, {})
+    warn_of_data_outside(sequence)
     init_key, _ = random.split(run_key)
     state, info, _ = initialise(init_key, sequence, particle_filter.num_particles)
     zero = jnp.asarray(0)

@@ -25,6 +25,7 @@ from numpyro_smc.programs.scans import Fixed, Trace, run_prefix
 from numpyro_smc.programs.sequence import Program, Sequence
 from numpyro_smc.programs.sites import (
     BatchPlates,
+    Site,
     common_plates,
     enclosing_plates,
     is_latent,
@@ -165,9 +166,11 @@ def _read_plates(sequence: Sequence) -> None:
                 f"other elements of it. Make the plate before the scan, plate = numpyro.plate('{name}', ...), and "
                 f"enter it in the step."
             )
-    # Data about global latents alone weigh every particle alike; they belong to no problem in particular.
+    # Data about global latents alone weigh every particle alike. Outside of the plates they belong to no problem in
+    # particular; inside, to the problem of their element.
     if sequence.plates.names:
-        sequence.global_observed = frozenset(site["name"] for site in of_globals)
+        outside = [site for site in of_globals if not _is_inside(site, sequence.plates)]
+        sequence.global_observed = frozenset(site["name"] for site in outside)
     else:
         prefix_sites += of_globals
     # A scale common to every site scales the bound; other scales stay within the weights.
@@ -245,6 +248,11 @@ def _independent_plates(sequence: Sequence, plates: BatchPlates, scales: dict[st
     return frozenset(plates.names[:kept])
 
 
+def _is_inside(site: Site, plates: BatchPlates) -> bool:
+    frames = {(frame.name, frame.dim) for frame in site["cond_indep_stack"]}
+    return frames.issuperset(zip(plates.names, plates.dims, strict=True))
+
+
 def _concrete(scale: Any) -> float | None:
     if scale is None:
         return 1.0
@@ -262,6 +270,4 @@ def _log_global_weight(sequence: Sequence) -> Array:
             if name in sequence.model.prefix:
                 is_narrower(sequence.model.prefix[name], proposal, sequence.user)
                 total = total + log_density(sequence.model.prefix[name], whole)
-    for name in sequence.global_observed:
-        total = total + log_density(sequence.model.prefix[name], whole)
-    return total
+    return total + sequence.log_outside

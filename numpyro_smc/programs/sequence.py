@@ -76,7 +76,8 @@ class Sequence:
     - **plates** - the plates that enclose everything and make independent problems; **bound_scale** - a scale common to
       every site. **combined** - deterministic sites that are not of one problem each: particles have no values of them.
     - **global_values** - latents drawn once for all particles; **log_global_weight** - their log p - log q.
-    - **given** - names of latents to condition on; **global_observed** - data about global latents alone.
+    - **given** - names of latents to condition on; **global_observed** - data about global latents alone that stand
+      outside of the plates.
     - **after** - the likelihood after the scan. **twisted** - whether twists count. **look_ahead** - where they do.
     - **steering** - what replaces draws, if anything.
     - **gradient_of_draws** - for draws without a reparameterised sampler: ``"ignore"``, ``"score"`` or ``"weights"``.
@@ -150,6 +151,12 @@ class Sequence:
             if is_latent(site) and not site["fn"].has_rsample and site.get("drawn", False)
         ]
         return sorted(set(names))
+
+    @property
+    def log_outside(self) -> Array:
+        """Log density of the data that belong to no problem in particular."""
+        sites = [self.model.prefix[name] for name in self.global_observed]
+        return sum((log_density(site, BatchPlates()) for site in sites), start=jnp.asarray(0.0))
 
     @property
     def log_global_score(self) -> Array:
