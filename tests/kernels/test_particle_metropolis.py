@@ -34,11 +34,20 @@ DATA = np.concatenate(
 FIELDS = ("log_evidence", "accept_prob", "potential_energy", "log_prior")
 
 
-TRACES = []
+class Traces:
+    """A count that is no part of the program that counts: else every trace would make it another program."""
+
+    count = 0
+
+    def __fingerprint__(self):
+        return ()
+
+
+TRACES = Traces()
 
 
 def model(y):
-    TRACES.append(None)
+    TRACES.count += 1
     a = numpyro.sample("a", dist.Uniform(-1.0, 1.0))
     q = numpyro.sample("q", dist.HalfNormal(1.0))
     numpyro.deterministic("ratio", q / NOISE)
@@ -167,11 +176,11 @@ def test_a_path_and_an_evidence_stay_with_their_parameters(mcmc):
 
 
 def test_a_run_is_continued_from_its_last_state_without_reading_the_model_again(mcmc):
-    adaptation, num_traces = np.array(mcmc.last_state.adapt_state.scale_tril), len(TRACES)
+    adaptation, num_traces = np.array(mcmc.last_state.adapt_state.scale_tril), TRACES.count
     assert (mcmc.last_state.i == 1000).all() and (np.abs(adaptation - np.eye(2)) > 1e-3).any()
     mcmc.post_warmup_state = mcmc.last_state
     mcmc.run(random.key(2), DATA, extra_fields=FIELDS)
-    assert len(TRACES) == num_traces and KERNEL._compiled_start.num_compiled() == 1
+    assert TRACES.count == num_traces and KERNEL._compiled_start.num_compiled() == 1
     np.testing.assert_array_equal(mcmc.last_state.adapt_state.scale_tril, adaptation)
     assert (mcmc.last_state.i == 1500).all() and mcmc.get_samples()["a"].shape == (64_000,)
     rates = mcmc.get_extra_fields(group_by_chain=True)["accept_prob"].mean(1)

@@ -76,7 +76,7 @@ def test_the_registry_knows_them_and_what_may_be_relied_on():
         (lambda: resampling.soft(1.1), r"soft: alpha must lie in \(0, 1\], got 1.1"),
         (lambda: resampling.gumbel_softmax(0.0), "gumbel_softmax: temperature must be positive, got 0.0"),
         (lambda: resampling.gapped_straight_through(-0.1), "temperature must be positive, got -0.1"),
-        (lambda: resampling.gapped_straight_through(gap=-1.0), "gap must not be negative, got -1.0"),
+        (lambda: resampling.gapped_straight_through(gap=-1.0), r"gap must lie in \[0, inf\), got -1.0"),
         (lambda: resampling.optimal_transport(0.0), "optimal_transport: epsilon must be positive, got 0.0"),
         (lambda: resampling.optimal_transport(num_iterations=0), "num_iterations must be a positive integer, got 0"),
         (lambda: resampling.diffusion(num_steps=2.5), "diffusion: num_steps must be a positive integer, got 2.5"),
