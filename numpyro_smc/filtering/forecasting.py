@@ -65,8 +65,8 @@ def _simulator(particle_filter: Any, filter_key: Array, program: Any, history: A
     sequence = read(particle_filter.model)
     if sequence.after is None:
         sequence = read(handlers.uncondition(particle_filter.model))
-    # Every draw is one coherent path of all problems.
-    sequence.after, sequence.combined = None, frozenset()
+    # Every draw is one coherent path of all problems, and nothing is weighed.
+    sequence.after, sequence.combined, sequence.masks_latents = None, frozenset(), False
     return sequence
 
 
