@@ -64,7 +64,7 @@ def test_test_functions_are_checked_too():
     assert found.names[-1] == "product" and found.p_values[-1] < 1e-4
 
 
-def random_walk(y=None, num_steps=3):
+def random_walk(y=None, length=3):
     scale = numpyro.sample("scale", dist.Gamma(3.0, 3.0))
 
     def step(x, y_t):
@@ -72,7 +72,7 @@ def random_walk(y=None, num_steps=3):
         numpyro.sample("y", dist.StudentT(4.0, x, 0.5), obs=y_t)
         return x, None
 
-    scan(step, 0.0, y, length=num_steps)
+    scan(step, 0.0, y, length=length)
 
 
 hmc = partial(HMC, step_size=0.2, num_steps=5, trajectory_length=None)
