@@ -25,9 +25,9 @@ from numpyro.util import is_prng_key
 from numpyro_smc.engines.particles import Move, ParticleState, Recursion, run
 from numpyro_smc.filtering.smoothing.genealogy import draw_final, follow, take, trace_back
 from numpyro_smc.filtering.smoothing.kernel import BackwardKernel, Step, steps_of
-from numpyro_smc.kernels.kernel_program import KernelProgram
 from numpyro_smc.programs.arguments import check_callable, check_positive, named
 from numpyro_smc.programs.inputs import as_data, as_params, check_program
+from numpyro_smc.programs.kernel_program import KernelProgram
 from numpyro_smc.programs.pinned import Path, path_sites, pin
 from numpyro_smc.programs.reading import read_sequence
 from numpyro_smc.programs.replay import depends_on_past, transition_density

@@ -20,12 +20,12 @@ from numpyro_smc.kernels.adaptation import Adaptation
 from numpyro_smc.kernels.correlated_noise import Noise
 from numpyro_smc.kernels.estimated_likelihood import EstimatedLikelihood
 from numpyro_smc.kernels.evidence_variance import EvidenceVariance, tune_num_particles
-from numpyro_smc.kernels.kernel_program import KernelProgram
 from numpyro_smc.kernels.pseudo_marginal import Place, Screen, Target, check_start
 from numpyro_smc.programs.arguments import check_between, check_number, check_positive
 from numpyro_smc.programs.compiled import Compiled
 from numpyro_smc.programs.global_latents import GlobalLatents, Values
 from numpyro_smc.programs.inputs import as_data
+from numpyro_smc.programs.kernel_program import KernelProgram
 from numpyro_smc.programs.options import keeps_options_apart
 from numpyro_smc.programs.resample import Decision
 from numpyro_smc.programs.resampling import Scheme

@@ -41,6 +41,16 @@ def evidences(model, *args, num_particles=400, runs=40, **options):
     return run(random.split(random.key(1), runs))
 
 
+def independent(y):
+    def step(x, y_t):
+        with numpyro.plate("dim", 2):
+            x = numpyro.sample("x", dist.Normal(0.8 * x, 0.6))
+            numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
+        return x, None
+
+    scan(step, jnp.zeros(2), y)
+
+
 @pytest.mark.parametrize("name", COUPLED)
 def test_coupled_elements_are_one_problem_with_the_right_evidence(name):
     model, exact, site = COUPLED[name]
@@ -77,15 +87,6 @@ def test_an_element_seen_only_through_another_has_the_right_filtered_mean():
 
 
 def test_a_guide_that_couples_elements_makes_them_one_problem():
-    def model(y):
-        def step(x, y_t):
-            with numpyro.plate("dim", 2):
-                x = numpyro.sample("x", dist.Normal(0.8 * x, 0.6))
-                numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
-            return x, None
-
-        scan(step, jnp.zeros(2), y)
-
     def guide(y):
         def step(x, y_t):
             with numpyro.plate("dim", 2):
@@ -95,7 +96,7 @@ def test_a_guide_that_couples_elements_makes_them_one_problem():
         scan(step, jnp.zeros(2), y)
 
     with pytest.warns(UserWarning, match=f"{NOT_INDEPENDENT}.*'x'"):
-        found = evidences(model, Y, guide=guide)
+        found = evidences(independent, Y, guide=guide)
     assert found.shape == (40,)
     assert_evidence(found, kalman(0.8 * np.eye(2), 0.36 * np.eye(2), np.eye(2), 0.09 * np.eye(2), Y)[0])
 
@@ -180,15 +181,6 @@ def test_a_flat_carry_is_one_problem():
 
 
 def test_a_twist_of_several_elements_is_refused():
-    def model(y):
-        def step(x, y_t):
-            with numpyro.plate("dim", 2):
-                x = numpyro.sample("x", dist.Normal(0.8 * x, 0.6))
-                numpyro.sample("y", dist.Normal(x, 0.3), obs=y_t)
-            return x, None
-
-        scan(step, jnp.zeros(2), y)
-
     def guide(y):
         def step(x, y_t):
             with numpyro.plate("dim", 2):
@@ -199,7 +191,7 @@ def test_a_twist_of_several_elements_is_refused():
         scan(step, jnp.zeros(2), y)
 
     with pytest.raises(ValueError, match="twist 'r' at one element of plate 'dim' depends on other elements"):
-        ParticleFilter(model, 10, guide=guide).run(random.key(0), Y)
+        ParticleFilter(independent, 10, guide=guide).run(random.key(0), Y)
 
 
 # ---- deterministic sites beside the plate
